@@ -1,0 +1,82 @@
+"""What every dynamic architecture has in common: its record in the table, and the report of a layer."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class AddedModule(nn.Module):
+    """A module that conversion adds to a base: the Hugging Face edge starts it, keeps it in fp32 and saves it in deltas."""
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        """Gives every parameter its start value.
+
+        Args:
+            init: A namespace with ``zeros_``, ``normal_`` and ``eye_``: ``torch.nn.init``, or that of
+                transformers, which spares the parameters that a checkpoint has already filled.
+        """
+        raise NotImplementedError
+
+
+@runtime_checkable
+class LayerConfig(Protocol):
+    """Configuration of one dynamic layer; serialised into ``config.json``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields that differ from their defaults, as JSON values."""
+        ...
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LayerConfig":
+        """Builds the configuration that :meth:`to_dict` described."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One row of ``ARCHITECTURES``: what a layer of this kind is made from.
+
+    ``layer`` is mixed in before a model family's own decoder layer; it keeps the family's attention,
+    MLP and norms as they are. ``None`` on both fields means "nothing is changed".
+    """
+
+    name: str
+    summary: str
+    config: type[LayerConfig] | None = None
+    layer: type[nn.Module] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """One token-wise low-rank weight update, ``ΔW_t = Σ_k value_k ⊗ key_k``, and what it did.
+
+    ``effect`` is ``ΔW_t z_t``, z the input of that weight matrix.
+    """
+
+    value: Float[Tensor, "batch seq updates d_out"]
+    key: Float[Tensor, "batch seq updates d_in"]
+    effect: Float[Tensor, "batch seq d_out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What one dynamic layer did to each token in one forward pass.
+
+    ``norm`` is ``‖ΔW_t‖_F`` over all matrices that the layer rewrites; ``regulariser`` is the configured
+    penalty, summed over features, one value a token (the caller takes the mean over the tokens it counts).
+    ``writes`` maps a projection's name to its :class:`Write` and is kept only on request.
+    """
+
+    norm: Float[Tensor, "batch seq"]
+    regulariser: Float[Tensor, "batch seq"]
+    writes: Mapping[str, Write] | None = None
+
+
+def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
+    """Returns ``" Did you mean 'x'?"`` for the known word closest to ``word``, or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,207 @@
+"""Maps from the attention output of a token to the change of that token's MLP.
+
+Each module takes ``a`` (batch, seq, d_model), the attention output, and returns named tensors that
+``layer.py`` puts into the block. Factors are bare parameters, held in fp32 and used in the dtype of ``a``:
+an ``nn.Linear`` would be quantised together with the base.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+from pliant.architectures.base import AddedModule
+from pliant.architectures.npt.config import NptConfig
+
+GATE_PARTS = {"additive": ("add",), "multiplicative": ("mult",), "both": ("add", "mult")}
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """An fp32 parameter without values: ``reset_parameters`` or a checkpoint gives it some."""
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
+
+
+class Modulation(AddedModule):
+    """Base of the maps below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._converted: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+
+    def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Any]:
+        """Returns the named changes of every token."""
+        raise NotImplementedError
+
+    def factor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Returns the parameter ``name`` in ``dtype``.
+
+        In inference the converted copy is kept: at one token a step, converting costs as much as multiplying. A
+        forward with gradients drops it, since fused optimisers change parameters without a trace; so does a change
+        of mode, device or dtype. Distributed runs, whose parameters are gathered anew each time, keep none.
+        """
+        value = getattr(self, name)
+        if torch.is_grad_enabled():
+            self._converted.clear()
+            return value.to(dtype)
+        if value.dtype == dtype or torch.compiler.is_compiling() or _is_distributed() or value.is_inference():
+            return value.to(dtype)
+        key = (value._version, value.data_ptr(), value.device, dtype)
+        if name not in self._converted or self._converted[name][0] != key:
+            self._converted[name] = (key, value.to(dtype))
+        return self._converted[name][1]
+
+    def train(self, mode: bool = True) -> "Modulation":
+        """Sets the mode and drops the converted copies."""
+        self._converted.clear()
+        return super().train(mode)
+
+    def apply_factor(self, name: str, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """``W x`` for each token, W the parameter ``name`` in the dtype of ``x``."""
+        return functional.linear(x, self.factor(name, x.dtype))
+
+
+class GateModulation(Modulation):
+    """V1 and V2: ``add = B A a`` and, if asked for, ``mult = tanh(B′ A′ a)``, each (batch, seq, d_ffn).
+
+    B and B′ start at zero, so the first step's gradient reaches them and nothing else.
+    """
+
+    def __init__(self, config: NptConfig, d_model: int, d_ffn: int) -> None:
+        super().__init__()
+        self.parts = GATE_PARTS[config.modulation] if config.form == "v2" else ("add",)
+        for part in self.parts:
+            self.register_parameter(f"{part}_down", parameter(config.rank, d_model))
+            self.register_parameter(f"{part}_up", parameter(d_ffn, config.rank))
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        for part in self.parts:
+            down = getattr(self, f"{part}_down")
+            init.normal_(down, std=1.0 / math.sqrt(down.shape[1]))
+            init.zeros_(getattr(self, f"{part}_up"))
+
+    def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Tensor]:
+        changes = {
+            part: self.apply_factor(f"{part}_up", self.apply_factor(f"{part}_down", attention))
+            for part in self.parts
+        }
+        if "mult" in changes:
+            changes["mult"] = torch.tanh(changes["mult"])
+        return changes
+
+
+class OuterModulation(Modulation):
+    """``outer``: values ``v_b`` (batch, seq, k, d_out) and keys ``v_a`` (batch, seq, k, d_in) per projection.
+
+    ``z = W_down a``; ``v_a^k = W_a^k z + c^k``; ``v_b^k = W_b^k z / √d_model``. W_b starts at zero and W_a does
+    not: with both at zero their product has no gradient and never trains.
+    """
+
+    def __init__(self, config: NptConfig, d_model: int, d_ffn: int) -> None:
+        super().__init__()
+        self.targets = config.target_names
+        self.num_updates = config.num_updates
+        self.key_bias = config.key_bias
+        self.scale = 1.0 / math.sqrt(d_model)
+        self.down = parameter(config.rank, d_model)
+        for name in self.targets:
+            d_out, d_in = (d_model, d_ffn) if name == "down_proj" else (d_ffn, d_model)
+            self.register_parameter(f"{name}_value", parameter(config.num_updates * d_out, config.rank))
+            self.register_parameter(f"{name}_key", parameter(config.num_updates * d_in, config.rank))
+            if self.key_bias:
+                self.register_parameter(f"{name}_key_bias", parameter(config.num_updates * d_in))
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        init.normal_(self.down, std=self.scale)
+        for name in self.targets:
+            key = getattr(self, f"{name}_key")
+            init.normal_(key, std=1.0 / math.sqrt(key.shape[1]))
+            init.zeros_(getattr(self, f"{name}_value"))
+            if self.key_bias:
+                init.normal_(getattr(self, f"{name}_key_bias"), std=1.0)
+
+    def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns, per projection, ``(value, key)`` with the updates as the axis before the last."""
+        bottleneck = self.apply_factor("down", attention)
+        factors = {}
+        for name in self.targets:
+            value = self.apply_factor(f"{name}_value", bottleneck) * self.scale
+            key = self.apply_factor(f"{name}_key", bottleneck)
+            if self.key_bias:
+                key = key + self.factor(f"{name}_key_bias", key.dtype)
+            factors[name] = (
+                value.unflatten(-1, (self.num_updates, -1)),
+                key.unflatten(-1, (self.num_updates, -1)),
+            )
+        return factors
+
+
+class CarryModulation(Modulation):
+    """``keyed``: ``carry = U D a`` (batch, seq, d_model), the value of the rank-1 write on ``down_proj``.
+
+    With ``tied`` only D is stored and U = Dᵀ. Starts as the first ``rank`` coordinates of the identity, which is
+    exact at full rank; below it the closed form of ``conversion`` replaces the start.
+    """
+
+    def __init__(self, config: NptConfig, d_model: int, d_ffn: int) -> None:
+        super().__init__()
+        self.tied = config.tied
+        self.down = parameter(config.rank, d_model)
+        if not self.tied:
+            self.up = parameter(d_model, config.rank)
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        init.eye_(self.down)
+        if not self.tied:
+            init.eye_(self.up)
+
+    def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Tensor]:
+        bottleneck = self.apply_factor("down", attention)
+        if self.tied:
+            return {"carry": bottleneck @ self.factor("down", bottleneck.dtype)}
+        return {"carry": self.apply_factor("up", bottleneck)}
+
+
+class PreCarryModulation(Modulation):
+    """``keyed_pre``: ``gate = B_g D a``, ``up = B_u D a`` (batch, seq, d_ffn) and ``carry = U D a``.
+
+    D and U start as ``CarryModulation`` does; B_g and B_u, which hold ``W diag(γ) U`` of the base's own
+    projections, get that value from ``conversion`` and small random numbers when trained from scratch.
+    """
+
+    def __init__(self, config: NptConfig, d_model: int, d_ffn: int) -> None:
+        super().__init__()
+        self.down = parameter(config.rank, d_model)
+        self.up = parameter(d_model, config.rank)
+        self.up_gate = parameter(d_ffn, config.rank)
+        self.up_up = parameter(d_ffn, config.rank)
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        init.eye_(self.down)
+        init.eye_(self.up)
+        for factor in (self.up_gate, self.up_up):
+            init.normal_(factor, std=1.0 / math.sqrt(self.down.shape[1]))
+
+    def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Tensor]:
+        bottleneck = self.apply_factor("down", attention)
+        return {
+            "gate": self.apply_factor("up_gate", bottleneck),
+            "up": self.apply_factor("up_up", bottleneck),
+            "carry": self.apply_factor("up", bottleneck),
+        }
+
+
+MODULATIONS: dict[str, type[Modulation]] = {
+    "v1": GateModulation,
+    "v1_single": GateModulation,
+    "v2": GateModulation,
+    "outer": OuterModulation,
+    "keyed": CarryModulation,
+    "keyed_pre": PreCarryModulation,
+}
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

@@ -1,0 +1,60 @@
+"""The command ``pliant``, one file a verb; torch is imported by the verbs, so that ``--help`` is
+quick."""
+
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from pliant.cli.chat import chat
+from pliant.cli.console import CommandGroup
+from pliant.cli.convert import convert
+from pliant.cli.demo import demo
+from pliant.cli.generate import generate
+from pliant.cli.info import info
+
+main = typer.Typer(
+    name="pliant",
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+"""Entry point of the console script."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"pliant {metadata.version('pliant')}")
+        except metadata.PackageNotFoundError:
+            typer.echo("pliant (run from its source folder, not installed)")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Turn a pretrained causal language model into a dynamic one, and measure what it cost.
+
+    Every command takes a model directory, a hub id or smollm2-135m, the base that a Python package
+    carries, and leaves an ordinary Hugging Face directory.
+
+    \b
+    New here?  pliant demo
+    Then       pliant convert smollm2-135m --rank 192 --output outputs/keyed
+               pliant chat outputs/keyed
+    """
+
+
+for _verb in (demo, convert, info, generate, chat):
+    main.command()(_verb)
+
+__all__ = ["main"]

@@ -1,0 +1,159 @@
+"""The conversions that ``pliant demo`` compares, and how each is measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from pliant.cli.console import ProgressCallback, library_muted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pliant.statistics import AttentionStatistics
+
+BASE = "smollm2-135m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One conversion of every layer: a preset, its options, and what it is there to show."""
+
+    preset: str
+    options: Mapping[str, Any]
+    why: str
+    in_quick: bool = False
+    is_kept: bool = False
+
+    @property
+    def name(self) -> str:
+        """``keyed, rank 128``, with any other option behind it."""
+        rest = "".join(f", {value}" for key, value in self.options.items() if key != "rank")
+        return f"{self.preset}, rank {self.options['rank']}{rest}"
+
+
+ROWS: tuple[Row, ...] = (
+    Row(preset="keyed", options={"rank": 64}, why="a narrow memory: half of the loss is here"),
+    Row(preset="keyed", options={"rank": 128}, why="where the spectrum flattens"),
+    Row(
+        preset="keyed",
+        options={"rank": 192},
+        why="close to the base: this one is kept",
+        in_quick=True,
+        is_kept=True,
+    ),
+    Row(preset="keyed", options={"rank": 256}, why="nearly exact"),
+    Row(
+        preset="v1",
+        options={"rank": 16},
+        why="keeps the residual, so it starts exact",
+        in_quick=True,
+    ),
+    Row(preset="v1_single", options={"rank": 16}, why="drops the residual: must be trained"),
+    Row(preset="v2", options={"rank": 16}, why="drops it, and the MLP reads no attention"),
+    Row(preset="outer", options={"rank": 64}, why="likewise, with a rank-1 update of the gate"),
+)
+"""Every row of the demo's table, in its order. One of them is kept, to generate from and to
+save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A converted model beside its base.
+
+    Attributes:
+        row: What was converted how.
+        added_parameters: All of it.
+        share: Added parameters over those of the base.
+        perplexity: On the evaluation text; ``base_perplexity`` likewise.
+        ratio: The one over the other.
+        agreement: Share of positions with the same likeliest token.
+        kl: ``KL(base ‖ model)`` in nats a token.
+    """
+
+    row: Row
+    added_parameters: int
+    share: float
+    perplexity: float
+    base_perplexity: float
+    ratio: float
+    agreement: float
+    kl: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures as JSON values."""
+        figures = {name: value for name, value in vars(self).items() if name != "row"}
+        return {
+            "name": self.row.name,
+            "preset": self.row.preset,
+            "options": dict(self.row.options),
+            **figures,
+        }
+
+
+def load_base() -> Any:
+    """Returns a fresh base in bfloat16."""
+    import torch
+
+    from pliant.models import load
+
+    return load(BASE, dtype=torch.bfloat16).eval()
+
+
+def measure(
+    row: Row, statistics: "AttentionStatistics", tokens: "Tensor", progress: ProgressCallback
+) -> tuple[Any, Measured]:
+    """Converts a fresh base as ``row`` says and compares it with itself in base mode.
+
+    Returns:
+        The converted model and its figures.
+    """
+    from pliant.architectures import NptConfig
+    from pliant.conversion import convert
+    from pliant.metrics import compare_to_base
+
+    model = load_base()
+    # The table shows what each row costs; the library's own prediction and warning would only
+    # repeat it.
+    with library_muted("pliant.conversion"):
+        convert(model, NptConfig.preset(row.preset, **row.options), calibration=statistics)
+    compared = compare_to_base(
+        model, tokens, progress=lambda _, done, total: progress(row.name, done, total)
+    )
+    added = sum(parameter.numel() for _, parameter in model.dynamic_parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return model, Measured(
+        row=row,
+        added_parameters=added,
+        share=added / (total - added),
+        perplexity=compared.perplexity,
+        base_perplexity=compared.base_perplexity,
+        ratio=compared.ratio,
+        agreement=compared.agreement,
+        kl=compared.kl,
+    )
+
+
+def table_of(rows: list[Measured]) -> Table:
+    """Returns the demo's one table."""
+    table = Table(
+        title="What conversion costs before any training "
+        f"(base perplexity {rows[0].base_perplexity:.2f})"
+    )
+    table.add_column("form")
+    for column in ("added", "of base", "perplexity", "× base", "same top 1", "KL, nats"):
+        table.add_column(column, justify="right")
+    table.add_column("what it shows")
+    for measured in rows:
+        table.add_row(
+            measured.row.name,
+            f"{measured.added_parameters:,}",
+            f"{measured.share:.1%}",
+            f"{measured.perplexity:,.2f}",
+            f"{measured.ratio:,.3f}",
+            f"{measured.agreement:.1%}",
+            f"{measured.kl:.4f}",
+            measured.row.why,
+        )
+    return table

@@ -1,0 +1,5 @@
+"""From a loaded base to a dynamic model, with the best start that needs no training."""
+
+from pliant.conversion.convert import convert
+
+__all__ = ["convert"]

@@ -1,0 +1,101 @@
+"""From texts to windows of tokens."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pliant.data.embedded import documents
+from pliant.errors import ConfigError, DataError
+
+
+def token_windows(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_tokens: int,
+    window: int = 512,
+) -> Int[Tensor, "windows window"]:
+    """Cut texts into non-overlapping windows that hold at least `num_tokens` tokens together.
+
+    Each text is tokenised the tokenizer's own way (with a beginning-of-sequence token only if the
+    tokenizer adds one) and closed with its end-of-sequence token, if it has one; all are then
+    joined, so a window may hold several texts. Texts are read only until ⌈num_tokens / window⌉
+    windows are full. A single string is one text.
+
+    Args:
+        texts: documents in order; a generator is consumed no further than needed.
+        tokenizer: tokenizer of the model that will read the windows.
+        num_tokens: how many tokens to take, rounded up to full windows.
+        window: tokens per window.
+
+    Returns:
+        int64 token ids, one row a window.
+
+    Raises:
+        ConfigError: `num_tokens` or `window` is below 1.
+        DataError: the texts do not fill the windows.
+    """
+    for field, value in (("num_tokens", num_tokens), ("window", window)):
+        if value < 1:
+            raise ConfigError(f"{field} must be at least 1 (tokens); got {value}")
+    num_windows = -(-num_tokens // window)
+    needed = num_windows * window
+    token_ids: list[int] = []
+    for document_ids in _tokenise([texts] if isinstance(texts, str) else texts, tokenizer):
+        token_ids.extend(document_ids)
+        if len(token_ids) >= needed:
+            return torch.tensor(token_ids[:needed]).view(num_windows, window)
+    raise DataError(
+        f"num_tokens={num_tokens} in full windows of {window} needs {needed} tokens; the texts "
+        f"hold {len(token_ids)}. Give more text or lower num_tokens or window."
+    )
+
+
+def calibration_tokens(
+    tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 32_768, window: int = 512
+) -> Int[Tensor, "windows window"]:
+    """Return windows of the embedded training texts, the same ones on every call.
+
+    Raises:
+        DataError: the embedded texts are not installed (the message says how to get them) or
+            hold fewer than `num_tokens` tokens.
+    """
+    return token_windows(documents("train"), tokenizer, num_tokens=num_tokens, window=window)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        DataError: the file is missing, is not UTF-8 or holds nothing but whitespace.
+    """
+    file = Path(path)
+    if not file.is_file():
+        fact = "is a directory" if file.is_dir() else "does not exist"
+        raise DataError(f"text file {str(file)!r} {fact}; give the path of a UTF-8 text file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"text file {str(file)!r} must be UTF-8; byte {error.start} is not "
+            f"({error.reason}). Convert it first."
+        ) from error
+    if not text.strip():
+        raise DataError(f"text file {str(file)!r} must hold some text; it is empty")
+    return text
+
+
+def _tokenise(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yield the ids of each text that is not empty, closed with the end-of-sequence token."""
+    end = tokenizer.eos_token_id
+    for text in texts:
+        # `verbose=False`: a text longer than the model's context is cut into windows anyway.
+        ids = tokenizer(text, verbose=False)["input_ids"] if text else []
+        if ids and end is not None and ids[-1] != end:
+            ids = [*ids, end]
+        yield ids

@@ -1,0 +1,128 @@
+"""Perplexity, and how far a dynamic model is from its own base."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from pliant.errors import DataError
+from pliant.statistics import Progress
+
+LOGITS_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A dynamic model beside its base on the same tokens.
+
+    Attributes:
+        perplexity: Of the model, token-weighted.
+        base_perplexity: Of the base, in the same run.
+        agreement: Share of positions where both have the same most likely token.
+        kl: Mean ``KL(base ‖ model)`` of the next-token distributions, in nats a token.
+    """
+
+    perplexity: float
+    base_perplexity: float
+    agreement: float
+    kl: float
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity over that of the base."""
+        return self.perplexity / self.base_perplexity
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, tokens: Int[Tensor, "windows window"], *, progress: Progress | None = None
+) -> float:
+    """Returns ``exp(mean −log p(x_t | x_<t))`` over all predicted tokens of all windows.
+
+    Each window is read on its own; its first token is context only.
+
+    Args:
+        model: Any causal LM of transformers.
+        tokens: Token windows, e.g. ``pliant.data.token_windows(texts, tokenizer, num_tokens=12_288)``.
+        progress: Called after each window.
+
+    Raises:
+        DataError: A window has fewer than two tokens, or the result is not finite.
+    """
+    _check(tokens)
+    total, count = 0.0, 0
+    for done, window in enumerate(tokens, start=1):
+        for logits, targets in _logits(model, window):
+            total += functional.cross_entropy(logits, targets, reduction="sum").item()
+            count += len(targets)
+        if progress is not None:
+            progress("Measuring perplexity", done, len(tokens))
+    return _exponential(total / count)
+
+
+@torch.no_grad()
+def compare_to_base(
+    model: PreTrainedModel, tokens: Int[Tensor, "windows window"], *, progress: Progress | None = None
+) -> Comparison:
+    """Measures a dynamic model and its base, window by window, on the same tokens.
+
+    Raises:
+        DataError: As for :func:`perplexity`.
+    """
+    _check(tokens)
+    nll = base_nll = kl = agreement = 0.0
+    count = 0
+    for done, window in enumerate(tokens, start=1):
+        with model.base_mode():
+            base_hidden = _hidden(model, window)
+        pairs = zip(_chunks(model, window, _hidden(model, window)), _chunks(model, window, base_hidden), strict=True)
+        for (logits, targets), (base_logits, _) in pairs:
+            log_p, base_log_p = logits.log_softmax(-1), base_logits.log_softmax(-1)
+            nll += functional.nll_loss(log_p, targets, reduction="sum").item()
+            base_nll += functional.nll_loss(base_log_p, targets, reduction="sum").item()
+            kl += functional.kl_div(log_p, base_log_p, reduction="sum", log_target=True).item()
+            agreement += (logits.argmax(-1) == base_logits.argmax(-1)).sum().item()
+            count += len(targets)
+        if progress is not None:
+            progress("Comparing with the base", done, len(tokens))
+    return Comparison(
+        perplexity=_exponential(nll / count),
+        base_perplexity=_exponential(base_nll / count),
+        agreement=agreement / count,
+        kl=kl / count,
+    )
+
+
+def _hidden(model: PreTrainedModel, window: Int[Tensor, " window"]) -> Float[Tensor, "window d_model"]:
+    return model.model(window.unsqueeze(0).to(model.device), use_cache=False).last_hidden_state[0]
+
+
+def _logits(model: PreTrainedModel, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return _chunks(model, window, _hidden(model, window))
+
+
+def _chunks(model: PreTrainedModel, window: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields fp32 logits (chunk, vocabulary) and their targets (chunk,), never the whole window's logits."""
+    targets = window[1:].to(hidden.device)
+    for start in range(0, len(targets), LOGITS_CHUNK):
+        part = slice(start, min(start + LOGITS_CHUNK, len(targets)))
+        yield model.lm_head(hidden[part]).float(), targets[part]
+
+
+def _check(tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or len(tokens) == 0:
+        raise DataError(
+            f"tokens must have shape (windows, window) with at least one window of two tokens; got "
+            f"{tuple(tokens.shape)}. Make them with pliant.data.token_windows."
+        )
+
+
+def _exponential(mean_nll: float) -> float:
+    if not math.isfinite(mean_nll):
+        raise DataError(f"the mean negative log-likelihood must be finite; got {mean_nll}. Load the model in bfloat16.")
+    return math.exp(mean_nll)

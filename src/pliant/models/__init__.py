@@ -1,0 +1,31 @@
+"""The Hugging Face edge: pliant classes of each base family, registered with the Auto classes on import."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from pliant.models.bases import SHAPES, resolve_base, shape_config
+from pliant.models.dynamic import DynamicCausalLM
+from pliant.models.families import FAMILIES, Family, family_of
+from pliant.models.loading import load
+from pliant.models.report import ModelReport
+from pliant.models.selection import Layers, select_layers
+from pliant.models.spec import PliantSpec
+
+for _family in FAMILIES.values():
+    AutoConfig.register(_family.config.model_type, _family.config)
+    AutoModel.register(_family.config, _family.model)
+    AutoModelForCausalLM.register(_family.config, _family.causal_lm)
+
+__all__ = [
+    "FAMILIES",
+    "SHAPES",
+    "DynamicCausalLM",
+    "Family",
+    "Layers",
+    "ModelReport",
+    "PliantSpec",
+    "family_of",
+    "load",
+    "resolve_base",
+    "select_layers",
+    "shape_config",
+]

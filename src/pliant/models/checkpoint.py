@@ -1,0 +1,234 @@
+"""Full and delta checkpoints: strict keys, safetensors only, and never over the wrong base.
+
+A delta holds the added parameters and a fingerprint of the base: four values of each of its tensors, NaN where a
+tensor is quantised or offloaded and cannot be compared.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from pliant.errors import CheckpointError
+from pliant.models.bases import resolve_base
+from pliant.models.graft import install, with_spec
+from pliant.models.spec import FORMAT_VERSION, PliantSpec
+
+DELTA_NAME = "pliant_delta.safetensors"
+FINGERPRINT_KEY = "base_fingerprint"
+FINGERPRINT_WIDTH = 4
+FULL_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def fingerprint(model: PreTrainedModel) -> Float[Tensor, "tensors samples"]:
+    """Returns evenly spaced values of every parameter of the base, in the order of their names."""
+    added = {name for name, _ in model.dynamic_parameters()}
+    rows = []
+    for name, parameter in sorted(model.named_parameters()):
+        if name in added:
+            continue
+        if parameter.is_floating_point() and parameter.device.type != "meta":
+            flat = parameter.detach().reshape(-1)
+            positions = torch.linspace(0, flat.numel() - 1, FINGERPRINT_WIDTH, dtype=torch.float64).long()
+            rows.append(flat[positions.to(flat.device)].float().cpu())
+        else:
+            rows.append(torch.full((FINGERPRINT_WIDTH,), float("nan")))
+    return torch.stack(rows)
+
+
+def digest(values: Float[Tensor, "tensors samples"]) -> str:
+    """Returns twelve hexadecimal digits that stand for a fingerprint in messages."""
+    return hashlib.sha256(values.bfloat16().view(torch.int16).numpy().tobytes()).hexdigest()[:12]
+
+
+def same_base(saved: Tensor, current: Tensor, *, same_dtype: bool) -> bool:
+    """Whether two fingerprints are of one base; across dtypes, up to the rounding of bfloat16."""
+    if saved.shape != current.shape:
+        return False
+    comparable = ~(saved.isnan() | current.isnan())
+    tolerance = 0.0 if same_dtype else 2.0**-7
+    return torch.allclose(saved[comparable], current[comparable], rtol=tolerance, atol=tolerance * 1e-4)
+
+
+def check_destination(directory: str | os.PathLike, *, delta: bool) -> None:
+    """Refuses a folder in which the new checkpoint would lie beside one of the other kind."""
+    folder = Path(directory)
+    if folder.is_file():
+        raise CheckpointError(f"save_directory must be a folder; got the file {folder}.")
+    clashing = [name for name in (FULL_NAMES if delta else (DELTA_NAME,)) if (folder / name).exists()]
+    if clashing:
+        kind = "full" if delta else "delta"
+        raise CheckpointError(
+            f"save_directory must not hold a {kind} checkpoint; {folder} has {clashing[0]}. Save to another folder."
+        )
+
+
+def save_delta(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+    """Writes the added parameters of ``model``, its configuration and its base's fingerprint."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.dynamic_parameters()}
+    if not tensors:
+        raise CheckpointError("delta=True needs a converted model; this one is dense. Save it without delta.")
+    tensors[FINGERPRINT_KEY] = fingerprint(model)
+    metadata = {
+        "format": "pt",
+        "format_version": str(FORMAT_VERSION),
+        "base": str(model.spec.base.get("name")),
+        "base_dtype": str(model.dtype),
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".delta-", delete=False) as staged:
+        pass
+    try:
+        save_file(tensors, staged.name, metadata=metadata)
+        os.chmod(staged.name, 0o644)
+        os.replace(staged.name, folder / DELTA_NAME)
+    finally:
+        Path(staged.name).unlink(missing_ok=True)
+
+
+def save_tokenizer(name: str, directory: str | os.PathLike) -> None:
+    """Copies the tokenizer of ``name`` into ``directory`` unless one is there or none is at hand locally."""
+    folder = Path(directory)
+    if not name or (folder / "tokenizer_config.json").exists() or _local(name, "tokenizer_config.json") is None:
+        return
+    AutoTokenizer.from_pretrained(name, local_files_only=True).save_pretrained(folder)
+
+
+def find_delta(name: str | os.PathLike, options: dict[str, Any]) -> str | None:
+    """Returns the local path of the delta file of ``name``, or ``None`` if it is no delta checkpoint."""
+    folder = Path(name)
+    if not folder.is_dir():
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        return _find(str(name), DELTA_NAME, **hub)
+    if not (folder / DELTA_NAME).exists():
+        return None
+    if full := [n for n in FULL_NAMES if (folder / n).exists()]:
+        raise CheckpointError(
+            f"{folder} must hold either a full or a delta checkpoint; it has {full[0]} and {DELTA_NAME}. "
+            "Move one of them away."
+        )
+    return str(folder / DELTA_NAME)
+
+
+def _find(name: str, file: str, **hub: Any) -> str | None:
+    return cached_file(
+        name,
+        file,
+        **hub,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _local(name: str, file: str) -> str | None:
+    folder = Path(name)
+    if folder.is_dir():
+        return str(folder / file) if (folder / file).exists() else None
+    return _find(name, file, local_files_only=True)
+
+
+def load_strictly(from_pretrained: Callable[..., Any], name: str | os.PathLike, *args: Any, **options: Any) -> Any:
+    """Calls ``from_pretrained`` and refuses what it would only warn of: missing, surplus or misshapen tensors."""
+    wants_info = options.pop("output_loading_info", False)
+    options.setdefault("use_safetensors", None if "gguf_file" in options else True)
+    options["ignore_mismatched_sizes"] = True
+    try:
+        model, info = from_pretrained(name, *args, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{name} must hold whole safetensors files; reading one failed: {error}. Copy or save it again."
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            keys = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
+            raise CheckpointError(
+                f"{name} must hold exactly the tensors of {type(model).__name__}; {kind.replace('_', ' ')}: "
+                f"{', '.join(keys[:5])}{' …' if len(keys) > 5 else ''} ({len(keys)} in all). "
+                "Its config.json and its weights do not belong together."
+            )
+    return (model, info) if wants_info else model
+
+
+def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **options: Any) -> PreTrainedModel:
+    """Loads the base that ``name`` records (or ``options["base"]``), converts it, and fills in the delta."""
+    config = options.pop("config", None) or cls.config_class.from_pretrained(name)
+    if options.pop("output_loading_info", False):
+        raise CheckpointError("output_loading_info is not available for a delta checkpoint. Leave it out.")
+    for own in ("revision", "subfolder"):  # of the delta, not of its base
+        options.pop(own, None)
+    spec = PliantSpec.of(config)
+    base = options.pop("base", None) or spec.base.get("name")
+    if not base:
+        raise CheckpointError(f"{name} names no base model. Give one: from_pretrained(..., base='path or hub id').")
+    tensors, metadata = _read_delta(delta)
+    path = resolve_base(base)
+    if Path(path).resolve() == Path(name).resolve():
+        raise CheckpointError(f"base must be another model than the delta itself; got {base!r} for {name}.")
+    hub = {"revision": revision} if (revision := spec.base.get("revision")) else {}
+    base_config = AutoConfig.from_pretrained(path, **hub)
+    if base_config.model_type.removeprefix("pliant_") != cls.config_class.model_type.removeprefix("pliant_"):
+        raise CheckpointError(
+            f"base must be of type {cls.base_config_class.model_type}; got {base!r}, which is {base_config.model_type}."
+        )
+    dense = with_spec(base_config, cls.config_class, PliantSpec(base=spec.base))
+    model = cls.from_pretrained(path, *args, config=dense, **hub, **options)
+    current, saved = fingerprint(model), tensors.pop(FINGERPRINT_KEY)
+    if not same_base(saved, current, same_dtype=metadata.get("base_dtype") == str(model.dtype)):
+        raise CheckpointError(
+            f"{name} must be loaded over its own base, {spec.base.get('name')!r} (fingerprint {digest(saved)}); got "
+            f"{base!r} (fingerprint {digest(current)}). Give the right one with base=…."
+        )
+    install(model, cls, spec)
+    _fill(model, name, tensors)
+    model.config._name_or_path = str(name)
+    return model
+
+
+def _read_delta(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            metadata = reader.metadata() or {}
+            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} must be a whole safetensors file; reading failed: {error}. Save it again.") from error
+    if metadata.get("format_version") != str(FORMAT_VERSION) or FINGERPRINT_KEY not in tensors:
+        raise CheckpointError(
+            f"{file} must be a pliant delta of format {FORMAT_VERSION}; got format "
+            f"{metadata.get('format_version')!r}. Load it with the release that wrote it."
+        )
+    return tensors, metadata
+
+
+def _fill(model: PreTrainedModel, name: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.dynamic_parameters())
+    if unequal := sorted(parameters.keys() ^ tensors.keys()):
+        raise CheckpointError(
+            f"{name} must hold exactly the added parameters that its config.json describes; {unequal[0]} "
+            f"({len(unequal)} in all) is on one side only. The two files do not belong together."
+        )
+    for key, parameter in parameters.items():
+        if parameter.shape != tensors[key].shape:
+            raise CheckpointError(
+                f"{name}: {key} must have shape {tuple(parameter.shape)}; got {tuple(tensors[key].shape)}. "
+                "Its config.json and its delta do not belong together."
+            )
+        with torch.no_grad():
+            parameter.copy_(tensors[key])

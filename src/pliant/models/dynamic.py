@@ -1,0 +1,164 @@
+"""What every pliant model can do beyond its base: switch the change off, report it, save and load it."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
+
+from pliant.architectures import AddedModule
+from pliant.errors import ConfigError
+from pliant.models import checkpoint
+from pliant.models.report import ModelReport, record
+from pliant.models.selection import Layers, select_layers
+from pliant.models.spec import PliantSpec
+
+
+class _StartValues:
+    """Gives added modules their own start; mixed into the inner model and the LM, since each starts its own."""
+
+    _keep_in_fp32_modules_strict = ("plastic",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AddedModule):
+            module.reset_parameters(initialization)
+        else:
+            super()._init_weights(module)
+
+
+class DynamicModel(_StartValues):
+    """Inner model of a pliant family: the base's, with the layers that ``config.pliant`` names replaced."""
+
+    dynamic_layer: Callable[[str], type[nn.Module]]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        spec = PliantSpec.of(config)
+        layer_class = self.dynamic_layer(spec.architecture)
+        for index, layer_config in spec.layers.items():
+            self.layers[index] = layer_class(config, index, layer_config)
+        if spec.layers:
+            self.post_init()
+
+
+class DynamicCausalLM(_StartValues):
+    """Causal LM of a pliant family: the methods that a converted model adds to its base."""
+
+    base_config_class: type[PreTrainedConfig]
+
+    @property
+    def spec(self) -> PliantSpec:
+        """Architecture, dynamic layers and base, as ``config.pliant`` records them."""
+        return PliantSpec.of(self.config)
+
+    @property
+    def dynamic_layers(self) -> Mapping[int, nn.Module]:
+        """The converted layers, by index."""
+        return {index: self.model.layers[index] for index in sorted(self.spec.layers)}
+
+    def dynamic_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields name and value of every parameter that conversion added."""
+        for prefix, module in self.named_modules():
+            if isinstance(module, AddedModule):
+                yield from module.named_parameters(prefix=prefix, recurse=False)
+
+    def freeze_base(self) -> "DynamicCausalLM":
+        """Leaves only the added parameters trainable, and returns the model."""
+        self.requires_grad_(False)
+        for _, parameter in self.dynamic_parameters():
+            parameter.requires_grad_(True)
+        return self
+
+    def set_active(self, active: bool, layers: Layers = "all") -> None:
+        """Switches the change of some layers on or off; off, a layer is exactly the base's.
+
+        Raises:
+            ConversionError: ``layers`` names a layer that does not exist or was never converted.
+        """
+        converted = self.dynamic_layers
+        wanted = converted if layers == "all" else select_layers(layers, self.config.num_hidden_layers)
+        if missing := [index for index in wanted if index not in converted]:
+            raise ConfigError(
+                f"layers must be converted ones ({list(converted)}); got {missing}. Convert them first."
+            )
+        for index in wanted:
+            converted[index].active = active
+
+    @contextmanager
+    def base_mode(self) -> Iterator["DynamicCausalLM"]:
+        """Within the block the model is exactly its base: no second copy of the weights, no change left behind.
+
+        Adapters of other libraries stay; switch them off with their own ``disable_adapter``.
+        """
+        before = {layer: layer.active for layer in self.dynamic_layers.values()}
+        self.set_active(False)
+        try:
+            yield self
+        finally:
+            for layer, active in before.items():
+                layer.active = active
+
+    def report(self, *, writes: bool = False) -> AbstractContextManager[ModelReport]:
+        """Records what the dynamic layers do in the forwards of the block, gradients included.
+
+        Run the backward pass of a checkpointed forward inside the block too.
+
+        Args:
+            writes: Keep the factors of every weight update, not only norms and penalties.
+        """
+        return record(self.model, self.dynamic_layers, "writes" if writes else "norms")
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """Where every public switch for checkpointing ends up, whatever this version of transformers calls it.
+
+        Raises:
+            ConfigError: Reentrant checkpointing is asked for; under it the regulariser has no gradient.
+        """
+        function = options.get("gradient_checkpointing_func")
+        if enable and isinstance(function, partial) and function.keywords.get("use_reentrant"):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs.use_reentrant must be false: reentrant checkpointing drops the "
+                "gradient of the reports; got True. Leave it out."
+            )
+        if enable and isinstance(function, partial):
+            options["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, **options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, delta: bool = False, **options: Any) -> None:
+        """Saves the model, and its tokenizer if that is at hand, as a Hugging Face directory.
+
+        Args:
+            save_directory: Folder to write to; made if missing.
+            delta: Save only the added parameters, with the name and the fingerprint of the base.
+            options: Those of ``PreTrainedModel.save_pretrained``.
+
+        Raises:
+            CheckpointError: The folder holds a checkpoint of the other kind, or there is nothing to save.
+        """
+        checkpoint.check_destination(save_directory, delta=delta)
+        if delta:
+            checkpoint.save_delta(self, save_directory)
+        else:
+            super().save_pretrained(save_directory, **options)
+        checkpoint.save_tokenizer(self.config._name_or_path, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **options: Any) -> PreTrainedModel:
+        """Loads a full or a delta checkpoint, or a base; no key may be missing or left over.
+
+        Args:
+            name: Directory or hub id.
+            args: As for ``PreTrainedModel.from_pretrained``.
+            options: Likewise; ``base`` names the base to load a delta over, in place of the recorded one.
+
+        Raises:
+            CheckpointError: Keys or shapes do not fit, a file is damaged, or the base is the wrong one.
+        """
+        if (delta := checkpoint.find_delta(name, options)) is not None:
+            return checkpoint.load_delta(cls, name, delta, *args, **options)
+        return checkpoint.load_strictly(super().from_pretrained, name, *args, **options)

@@ -1,0 +1,58 @@
+"""``pliant.load``: one way in for directories, hub ids and the embedded base."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from pliant.errors import CheckpointError, ConfigError
+from pliant.models.bases import EMBEDDED, resolve_base
+from pliant.models.families import family_of
+from pliant.models.graft import with_spec
+from pliant.models.spec import PliantSpec
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
+    """Loads a base or a pliant checkpoint as a pliant model: ``dense`` if it was never converted.
+
+    Args:
+        name: A directory, a hub id, or ``"smollm2-135m"``, the base that a Python package carries.
+        dtype: As in ``from_pretrained``; ``"auto"`` is the checkpoint's own. Added parameters stay in fp32.
+        options: Anything ``from_pretrained`` takes: ``device_map``, ``quantization_config``,
+            ``attn_implementation``, ``revision``, …; for a delta also ``base``.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete, damaged, or a delta over the wrong base.
+        ConversionError: The model belongs to no family that converts.
+        ConfigError: The attention implementation is unknown or not installed.
+    """
+    path = resolve_base(name)
+    attention = options.get("attn_implementation")
+    if attention is not None and attention not in ATTENTION:
+        raise ConfigError(f"attn_implementation must be one of {', '.join(ATTENTION)}; got {attention!r}.")
+    try:
+        hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+        config = AutoConfig.from_pretrained(path, **hub)
+        family = family_of(config)
+        if not isinstance(config, family.config):
+            base = {"name": _recorded_name(name), "revision": getattr(config, "_commit_hash", None)}
+            config = with_spec(config, family.config, PliantSpec(base=base))
+        return family.causal_lm.from_pretrained(path, config=config, dtype=dtype, **options)
+    except OSError as error:
+        raise CheckpointError(f"model {str(name)!r} must be a model directory or a reachable hub id: {error}") from error
+    except ImportError as error:
+        if attention is None or not attention.startswith("flash"):
+            raise
+        raise ConfigError(
+            f"attn_implementation={attention!r} needs a package that is not installed: {error} "
+            "Install it, or use attn_implementation='sdpa'."
+        ) from error
+
+
+def _recorded_name(name: str | os.PathLike) -> str:
+    """The name to find the base by later: embedded names and hub ids as they are, folders by their full path."""
+    text = str(name)
+    return text if text in EMBEDDED or not os.path.isdir(text) else os.path.abspath(text)

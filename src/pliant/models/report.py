@@ -1,0 +1,57 @@
+"""What the dynamic layers of a model did during the forward passes of a ``with model.report()`` block."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from pliant.architectures import LayerReport
+
+
+@dataclass
+class ModelReport:
+    """Reports of every recorded forward: ``forwards[i][layer]`` is a :class:`LayerReport`."""
+
+    forwards: list[Mapping[int, LayerReport]] = field(default_factory=list)
+
+    @property
+    def layers(self) -> Mapping[int, LayerReport]:
+        """Reports of the last forward, by layer."""
+        return self.forwards[-1] if self.forwards else {}
+
+    def norms(self) -> dict[int, Float[Tensor, "batch seq"]]:
+        """``‖ΔW_t‖_F`` per layer for every token, the forwards joined along the sequence."""
+        if not self.forwards:
+            return {}
+        return {i: torch.cat([forward[i].norm for forward in self.forwards], dim=1) for i in self.layers}
+
+    def regulariser(self, mask: Bool[Tensor, "batch seq"] | None = None) -> Float[Tensor, ""]:
+        """Mean penalty of the last forward: over layers, and over the tokens that ``mask`` keeps."""
+        values = torch.stack([report.regulariser for report in self.layers.values()])  # (L, B, T)
+        return values.mean() if mask is None else values[:, mask].mean()
+
+
+@contextmanager
+def record(inner: nn.Module, layers: Mapping[int, Any], detail: str) -> Iterator[ModelReport]:
+    """Turns recording on in ``layers``, collects after each forward of ``inner``, and turns it off again."""
+    report = ModelReport()
+
+    def collect(_module: nn.Module, _args: Sequence[Any], _output: Any) -> None:
+        report.forwards.append({i: layer.layer_report for i, layer in layers.items() if layer.layer_report is not None})
+        for layer in layers.values():
+            layer.layer_report = None
+
+    handle = inner.register_forward_hook(collect)
+    for layer in layers.values():
+        layer.recording = detail
+    try:
+        yield report
+    finally:
+        handle.remove()
+        for layer in layers.values():
+            layer.recording = None
+            layer.layer_report = None

@@ -1,0 +1,226 @@
+"""Tiny bases of every family, and their conversion with added parameters that all act."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+import pliant
+from pliant.architectures.npt import FORMS
+
+VOCABULARY = 97
+WINDOW = 5
+"""Sliding window of the bases that have one; shorter than the sequences of the tests."""
+RANK = 6
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+BASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"attention_bias": True}),
+    "mistral": (MistralConfig, {"sliding_window": WINDOW, "head_dim": 8}),
+    "qwen2": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": (Qwen3Config, {"attention_bias": True, "head_dim": 8}),
+    "smollm3": (SmolLM3Config, {"no_rope_layer_interval": 2}),
+    "llama_mlp_bias": (LlamaConfig, {"mlp_bias": True}),
+}
+BASE_NAMES = tuple(BASES)
+FAMILY_NAMES = BASE_NAMES[:5]
+
+MakeBase = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny models run fastest on one thread, and then sums are taken in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    """Each of the six forms in turn."""
+    return request.param
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each of the five families in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_base() -> MakeBase:
+    """A function that makes a fresh tiny base, the same one every time."""
+
+    def make(name: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+        config_class, options = BASES[name]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(
+                config_class(**{**COMMON, **options, **overrides}), dtype=torch.float32
+            )
+            with torch.no_grad():
+                for parameter_name, parameter in model.named_parameters():
+                    if "norm" in parameter_name:
+                        parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
+                    elif parameter_name.endswith("bias"):
+                        parameter.normal_(std=0.3)
+        model.generation_config.pad_token_id = 0
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[..., PreTrainedModel]:
+    """A function that gives every added parameter random values, so that every form acts."""
+
+    def fill(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, parameter in model.dynamic_parameters():
+                scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def convert_randomly(randomise: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    """A function that converts a model in place and gives its added parameters random values."""
+
+    def convert(
+        model: PreTrainedModel, form: str, *, layers: Any = "all", **options: Any
+    ) -> PreTrainedModel:
+        config = pliant.NptConfig.preset(form, **{"rank": RANK, **options})
+        return randomise(pliant.convert(model, config, layers=layers, calibration=windows()))
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def make_converted(
+    make_base: MakeBase, convert_randomly: Callable[..., PreTrainedModel]
+) -> Callable[..., PreTrainedModel]:
+    """A function that makes a tiny base and converts it, with random added parameters."""
+
+    def make(
+        form: str, base: str = "llama", *, overrides: Mapping[str, Any] | None = None, **options: Any
+    ) -> PreTrainedModel:
+        return convert_randomly(make_base(base, **(overrides or {})), form, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint_activations() -> Callable[..., None]:
+    """A function that turns gradient checkpointing on, by the name that the installed version has."""
+
+    def enable(model: PreTrainedModel, **options: Any) -> None:
+        method = getattr(model, "activation_checkpointing_enable", None)
+        (method or model.gradient_checkpointing_enable)(options or None)
+
+    return enable
+
+
+def windows(count: int = 6, length: int = 12, *, seed: int = 3) -> Tensor:
+    """Random token windows, enough to calibrate a tiny base."""
+    return torch.randint(2, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def calibration() -> Tensor:
+    """Token windows for conversions below full rank."""
+    return windows()
+
+
+@pytest.fixture
+def prompt() -> Tensor:
+    """Two rows of eleven tokens, longer than the sliding window."""
+    return windows(2, 11, seed=4)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose word "n" has the id n."""
+    vocabulary = {"<pad>": 0, "<bos>": 1} | {str(index): index for index in range(2, VOCABULARY)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>")
+
+
+@pytest.fixture(scope="session")
+def state_of() -> Callable[[nn.Module], tuple[type, str]]:
+    """A function that returns a model's class and a hash of every parameter, its name and its flags."""
+
+    def state(model: nn.Module) -> tuple[type, str]:
+        digest = hashlib.sha256()
+        for name, parameter in sorted(model.named_parameters()):
+            digest.update(f"{name} {parameter.dtype} {parameter.requires_grad}".encode())
+            digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
+        digest.update(repr(model.training).encode())
+        return type(model), digest.hexdigest()
+
+    return state
+
+
+@pytest.fixture(scope="session")
+def files_of() -> Callable[[Path], dict[str, str]]:
+    """A function that returns the hash of every file under a folder."""
+
+    def listing(folder: Path) -> dict[str, str]:
+        return {
+            str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+
+    return listing
+
+
+@pytest.fixture(scope="session")
+def largest_difference() -> Callable[[Tensor, Tensor], float]:
+    """A function that returns ``max|actual − expected| / max|expected|``."""
+
+    def difference(actual: Tensor, expected: Tensor) -> float:
+        assert actual.shape == expected.shape
+        scale = expected.detach().abs().max()
+        return float((actual.detach().float() - expected.detach().float()).abs().max() / scale)
+
+    return difference
