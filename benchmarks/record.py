@@ -21,7 +21,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate", "pliant")},
+        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
     }
 
 

@@ -95,9 +95,9 @@ def paired(run: Callable[[], None], model: PreTrainedModel, rounds: int) -> dict
 def random_statistics(d_model: int, num_layers: int) -> AttentionStatistics:
     """Speed does not depend on the values: random directions stand in for those of a calibration text."""
     noise = torch.randn(d_model, d_model)
-    return AttentionStatistics(
-        moments=dict.fromkeys(range(num_layers), noise @ noise.T), held_out=torch.zeros(1, 2, dtype=torch.long)
-    )
+    token = torch.zeros(1, 2, dtype=torch.long)
+    moments = dict.fromkeys(range(num_layers), noise @ noise.T)
+    return AttentionStatistics(moments=moments, sample=token, held_out=token)
 
 
 @torch.inference_mode()

@@ -141,7 +141,11 @@ def make_converted(
     """A function that makes a tiny base and converts it, with random added parameters."""
 
     def make(
-        form: str, base: str = "llama", *, overrides: Mapping[str, Any] | None = None, **options: Any
+        form: str,
+        base: str = "llama",
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> PreTrainedModel:
         return convert_randomly(make_base(base, **(overrides or {})), form, **options)
 
@@ -150,7 +154,7 @@ def make_converted(
 
 @pytest.fixture(scope="session")
 def checkpoint_activations() -> Callable[..., None]:
-    """A function that turns gradient checkpointing on, by the name that the installed version has."""
+    """A function that turns gradient checkpointing on, by the name it has in this version."""
 
     def enable(model: PreTrainedModel, **options: Any) -> None:
         method = getattr(model, "activation_checkpointing_enable", None)
@@ -161,7 +165,9 @@ def checkpoint_activations() -> Callable[..., None]:
 
 def windows(count: int = 6, length: int = 12, *, seed: int = 3) -> Tensor:
     """Random token windows, enough to calibrate a tiny base."""
-    return torch.randint(2, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        2, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture
@@ -187,7 +193,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def state_of() -> Callable[[nn.Module], tuple[type, str]]:
-    """A function that returns a model's class and a hash of every parameter, its name and its flags."""
+    """A function that returns a model's class and a hash of its parameters with their flags."""
 
     def state(model: nn.Module) -> tuple[type, str]:
         digest = hashlib.sha256()

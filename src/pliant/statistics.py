@@ -17,6 +17,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
 
 HELD_OUT_WINDOWS = 4
+SAMPLE_WINDOWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,13 @@ class AttentionStatistics:
 
     Attributes:
         moments: Layer index → ``E[a aᵀ]`` (d_model, d_model), uncentred, in fp32.
-        held_out: Token windows kept back, to predict what a conversion costs.
+        sample: Some of the windows that the moments were taken from, to measure sensitivities on.
+        held_out: Windows kept back, to predict what a conversion costs.
     """
 
     moments: dict[int, Float[Tensor, "d_model d_model"]]
-    held_out: Int[Tensor, "windows window"]
+    sample: Int[Tensor, "sampled window"]
+    held_out: Int[Tensor, "held_out window"]
 
 
 def attention_statistics(
@@ -77,7 +80,7 @@ def attention_statistics(
                 f"the attention output of layer {index} must be finite on the calibration text; it is not. "
                 "Load the model in bfloat16 or float32, or check the text."
             )
-    return AttentionStatistics(moments=sums, held_out=held_out)
+    return AttentionStatistics(moments=sums, sample=fitted[:SAMPLE_WINDOWS], held_out=held_out)
 
 
 def base_mode(model: PreTrainedModel) -> AbstractContextManager[Any]:

@@ -76,7 +76,9 @@ def gradients_of(
     with model.report() as report:
         loss = model(prompt, labels=prompt).loss + weight * report.regulariser()
         loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])

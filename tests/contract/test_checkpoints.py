@@ -1,4 +1,4 @@
-"""Saving and loading, full and delta: bitwise the same model in a new process, in the promised size."""
+"""Saving and loading, full and delta: the same model bitwise in a new process, and its size."""
 
 import json
 import os
@@ -17,7 +17,9 @@ import pliant
 from pliant.architectures.npt import FORMS
 from pliant.models.checkpoint import DELTA_NAME
 
-CASES = dict(zip(FORMS, ["llama", "mistral", "qwen2", "qwen3", "smollm3", "llama_mlp_bias"], strict=True))
+CASES = dict(
+    zip(FORMS, ["llama", "mistral", "qwen2", "qwen3", "smollm3", "llama_mlp_bias"], strict=True)
+)
 """Each form on a base of its own, so that six models cover all forms and all bases."""
 KINDS = ("full", "delta")
 DELTA_OVERHEAD_BYTES = 64 * 1024
@@ -52,7 +54,7 @@ def folder_of(root: Path, form: str, kind: str) -> Path:
 def saved(
     make_base: Callable, convert_randomly: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, PreTrainedModel]]:
-    """A folder with a base, a full and a delta checkpoint of every case; and the models that were saved."""
+    """A folder with a base, a full and a delta checkpoint of every case; and the saved models."""
     root = tmp_path_factory.mktemp("checkpoints")
     models = {}
     for form, base in CASES.items():
@@ -110,7 +112,9 @@ def test_loading_restores_every_parameter_and_the_spec(
 
 def test_delta_is_no_larger_than_the_added_parameters(form: str, saved: tuple[Path, dict]) -> None:
     root, models = saved
-    files = [f for f in folder_of(root, form, "delta").iterdir() if not f.name.startswith("tokenizer")]
+    files = [
+        f for f in folder_of(root, form, "delta").iterdir() if not f.name.startswith("tokenizer")
+    ]
     added = sum(p.numel() * p.element_size() for _, p in models[form].dynamic_parameters())
     assert added <= sum(file.stat().st_size for file in files) <= added + DELTA_OVERHEAD_BYTES
     assert DELTA_NAME in {file.name for file in files}
@@ -130,7 +134,9 @@ def test_loaded_model_is_saved_again_as_the_same_files(
         assert load_file(tmp_path / kind / weights).keys() == load_file(source / weights).keys()
         for name, tensor in load_file(source / weights).items():
             assert torch.equal(load_file(tmp_path / kind / weights)[name], tensor), name
-        entries = [json.loads((f / "config.json").read_text())["pliant"] for f in (source, tmp_path / kind)]
+        entries = [
+            json.loads((f / "config.json").read_text())["pliant"] for f in (source, tmp_path / kind)
+        ]
         assert entries[0] == entries[1]
 
 

@@ -132,7 +132,10 @@ def test_layers_added_later_join_those_that_are_there(
         if name in kept:
             assert parameter.data_ptr() == kept[name][0]
             assert torch.equal(parameter, kept[name][1])
-    assert {i: layer.layer_config.form for i, layer in model.dynamic_layers.items()} == {0: "v2", 1: "v1"}
+    assert {i: layer.layer_config.form for i, layer in model.dynamic_layers.items()} == {
+        0: "v2",
+        1: "v1",
+    }
     model.set_active(False, [0])
     assert torch.equal(model(prompt).logits, with_one)
     with model.base_mode():
@@ -186,7 +189,9 @@ def test_default_is_keyed_at_a_rank_that_keeps_the_energy(
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_training_flag_survives(form: str, training: bool, make_base: Callable, calibration: Tensor) -> None:
+def test_training_flag_survives(
+    form: str, training: bool, make_base: Callable, calibration: Tensor
+) -> None:
     model = make_base().train(training)
     pliant.convert(model, pliant.NptConfig.preset(form, rank=RANK), calibration=calibration)
     assert all(module.training is training for module in model.modules())

@@ -150,7 +150,9 @@ def test_tensors_that_do_not_fit_the_config_are_refused(
 
     rewrite(tmp_path / kind / name, damage)
     unchanged()
-    with pytest.raises(CheckpointError, match=r"model\.layers\.[12]\.plastic\.add_up.*do not belong together"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.[12]\.plastic\.add_up.*do not belong together"
+    ):
         pliant.load(tmp_path / kind)
 
 
@@ -168,7 +170,9 @@ def test_saving_beside_the_other_kind_is_refused(
     kind: str, delta: bool, model: PreTrainedModel, tmp_path: Path, unchanged: Callable
 ) -> None:
     unchanged()
-    with pytest.raises(CheckpointError, match=rf"must not hold a {kind} checkpoint.*another folder"):
+    with pytest.raises(
+        CheckpointError, match=rf"must not hold a {kind} checkpoint.*another folder"
+    ):
         model.save_pretrained(tmp_path / kind, delta=delta)
 
 

@@ -1,4 +1,4 @@
-"""A converted model is its base where it should be: at an exact start, in base mode, and layer by layer."""
+"""A converted model is its base where it should be: at an exact start and in base mode."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What a form computes does not depend on how the tokens are fed: cached, padded, batched, in chunks or drafted."""
+"""What a form computes does not depend on how tokens are fed: cached, padded, batched, drafted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +67,9 @@ def test_logits_are_the_same_however_the_tokens_are_fed(
 
     def feed_all_ways() -> dict[str, tuple[Tensor, Tensor]]:
         left = model(padded, attention_mask=mask, position_ids=positions_of(mask)).logits
-        mixed = model(short, attention_mask=short_mask, position_ids=positions_of(short_mask)).logits
+        mixed = model(
+            short, attention_mask=short_mask, position_ids=positions_of(short_mask)
+        ).logits
         return {
             "token by token": (token_by_token(model, prompt), expected),
             "two chunks": (in_chunks(model, prompt, 6), expected),
@@ -91,12 +93,15 @@ def test_logits_are_the_same_however_the_tokens_are_fed(
 def test_generate_equals_uncached_greedy(
     model: PreTrainedModel, implementation: str, prompt: Tensor
 ) -> None:
-    options: dict[str, Any] = {"cache_implementation": implementation} if implementation == "static" else {}
+    options: dict[str, Any] = (
+        {"cache_implementation": implementation} if implementation == "static" else {}
+    )
     expected = uncached_greedy(model, prompt)
     produced = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
     assert torch.equal(produced, expected)
     assert torch.equal(
-        model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=False), expected
+        model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=False),
+        expected,
     )
 
 

@@ -19,7 +19,12 @@ QUANTISATIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }
-QUANTISED = [(kind, form) for kind in QUANTISATIONS for form in FORMS if (kind, form) != ("int8", "keyed_pre")]
+QUANTISED = [
+    (kind, form)
+    for kind in QUANTISATIONS
+    for form in FORMS
+    if (kind, form) != ("int8", "keyed_pre")
+]
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 FULL_RANK_TOLERANCE = 1e-5
 PACKED_TOLERANCE = 0.05
@@ -36,7 +41,9 @@ def folder(make_base: Callable, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def quantised(folder: Path, kind: str) -> PreTrainedModel:
     config = BitsAndBytesConfig(**QUANTISATIONS[kind])
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32
+    )
 
 
 def offloaded(folder: Path, offload_folder: Path) -> PreTrainedModel:
@@ -111,12 +118,59 @@ def test_keyed_forms_at_full_rank_are_their_nf4_base(
 def test_gradients_reach_the_added_parameters_of_an_nf4_base(
     form: str, folder: Path, convert_randomly: Callable, prompt: Tensor
 ) -> None:
-    """At full rank: calibration runs the base for inference, after which some CPUs cannot train 4-bit weights."""
+    """At full rank: after inference, such as calibration, some CPUs cannot train 4-bit weights."""
     model = quantised(folder, "nf4").train()
     convert_randomly(model, form, rank=WIDE["hidden_size"]).freeze_base()
     model(prompt, labels=prompt).loss.backward()
     for name, parameter in model.dynamic_parameters():
         assert parameter.grad.abs().max() > 0, name
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("kind", "form"), QUANTISED)
+@torch.no_grad()
+def test_delta_over_a_quantised_base_reloads_bitwise(
+    kind: str, form: str, folder: Path, tmp_path: Path, convert_randomly: Callable, prompt: Tensor
+) -> None:
+    options = {"quantization_config": BitsAndBytesConfig(**QUANTISATIONS[kind])}
+    model = convert_randomly(pliant.load(folder, dtype=torch.float32, **options), form)
+    expected = model(prompt).logits
+    model.save_pretrained(tmp_path, delta=True)
+    loaded = pliant.load(tmp_path, **options)
+    assert loaded.model.layers[1].mlp.up_proj.weight.dtype in (torch.uint8, torch.int8)
+    assert torch.equal(loaded(prompt).logits, expected)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("kind", "form"), QUANTISED)
+@torch.no_grad()
+def test_full_checkpoint_of_a_quantised_model_reloads_bitwise(
+    kind: str, form: str, folder: Path, tmp_path: Path, convert_randomly: Callable, prompt: Tensor
+) -> None:
+    """Saved before any inference, after which some CPUs cannot save 4-bit weights either."""
+    rank = WIDE["hidden_size"]
+    model = convert_randomly(quantised(folder, kind).train(), form, rank=rank)
+    expected = model(prompt).logits
+    model.save_pretrained(tmp_path)
+    loaded = pliant.load(tmp_path).train()
+    assert loaded.model.layers[1].mlp.up_proj.weight.dtype in (torch.uint8, torch.int8)
+    assert torch.equal(loaded(prompt).logits, expected)
+
+
+@torch.no_grad()
+def test_delta_of_an_offloaded_model_loads_over_the_base_in_memory(
+    form: str,
+    folder: Path,
+    tmp_path: Path,
+    convert_randomly: Callable,
+    prompt: Tensor,
+    largest_difference: Callable,
+) -> None:
+    model = convert_randomly(offloaded(folder, tmp_path / "weights"), form)
+    expected = model(prompt).logits
+    model.save_pretrained(tmp_path / "delta", delta=True)
+    loaded = pliant.load(tmp_path / "delta")
+    assert largest_difference(loaded(prompt).logits, expected) < FULL_RANK_TOLERANCE
 
 
 def test_every_layer_of_an_offloaded_base_acts(

@@ -1,4 +1,4 @@
-"""Every NPT form against its slow reference: outputs, and gradients of the input, the added and the base's weights."""
+"""Every NPT form against its slow reference: outputs, and gradients of inputs and weights."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ FP32_TOLERANCE = 2e-5
 """Largest difference over largest value: both take the same sums in another order."""
 BF16_OUTPUT_TOLERANCE = 0.03
 BF16_GRADIENT_TOLERANCE = 0.10
-"""bf16 has 8 bits of mantissa, an error of 2⁻⁹ an operation; a layer's forward and backward are a dozen in a row."""
+"""bf16 rounds each result by up to 2⁻⁹; forward and backward are a dozen operations in a row."""
 ROWS, LENGTH = 2, 7
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -66,7 +66,12 @@ def run(layer: nn.Module, h: Tensor, a: Tensor, *, fast: bool) -> tuple[Tensor, 
         output = reference_output(layer, h, a)
     weights = torch.linspace(-1.0, 2.0, output.numel()).view_as(output)
     (output.float() * weights).sum().backward()
-    parts = {"h": h, "a": a, **dict(layer.plastic.named_parameters()), **dict(layer.mlp.named_parameters())}
+    parts = {
+        "h": h,
+        "a": a,
+        **dict(layer.plastic.named_parameters()),
+        **dict(layer.mlp.named_parameters()),
+    }
     parts["norm"] = layer.post_attention_layernorm.weight
     assert all(tensor.grad is not None for tensor in parts.values())
     return output, {name: tensor.grad.clone() for name, tensor in parts.items()}
@@ -107,7 +112,9 @@ def test_bf16_output_and_gradients_stay_near_the_fp32_reference(
     assert all(parameter.dtype == torch.float32 for parameter in layer.plastic.parameters())
     assert largest_difference(output, expected) < BF16_OUTPUT_TOLERANCE
     for name, gradient in gradients.items():
-        assert largest_difference(gradient, expected_gradients[name]) < BF16_GRADIENT_TOLERANCE, name
+        assert largest_difference(gradient, expected_gradients[name]) < BF16_GRADIENT_TOLERANCE, (
+            name
+        )
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -24,13 +24,14 @@ main = typer.Typer(
 """Entry point of the console script."""
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         try:
             typer.echo(f"pliant {metadata.version('pliant')}")
         except metadata.PackageNotFoundError:
             typer.echo("pliant (run from its source folder, not installed)")
         raise typer.Exit
+    return wanted
 
 
 @main.callback()

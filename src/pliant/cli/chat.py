@@ -25,7 +25,6 @@ HELP = """\
 
 
 def chat(
-    ctx: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or smollm2-135m.")
     ],
@@ -50,10 +49,11 @@ def chat(
     pliant chat outputs/keyed
     echo "Why is the sky blue?" | pliant chat outputs/keyed --temperature 0
     """
+    given = locals()  # every option by its name
     if top_p is not None and temperature == 0.0:
         raise typer.BadParameter("needs a --temperature above 0.", param_hint="--top-p")
     say_step(f"Loading {model}")
-    loaded = o.load_model(model, ctx.params)
+    loaded = o.load_model(model, given)
     import torch
 
     from pliant.cli.generation import Sampling

@@ -57,8 +57,10 @@ class CommandGroup(TyperGroup):
 
 
 def say_error(message: str) -> None:
-    """Writes ``error: …`` to stderr, unwrapped, so that it can be searched for."""
-    notes.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+    """Writes ``error: …`` to stderr as one line, so that it can be searched for."""
+    notes.print(
+        f"error: {' '.join(message.split())}", style="bold red", markup=False, soft_wrap=True
+    )
 
 
 def say_step(what: str, why: str = "") -> None:
@@ -175,6 +177,6 @@ def count_text(number: int) -> str:
     return str(number)
 
 
-def bytes_text(number: float) -> str:
+def bytes_text(number: int) -> str:
     """A size in MiB or GiB."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

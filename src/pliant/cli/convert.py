@@ -16,15 +16,31 @@ if TYPE_CHECKING:
 
     from pliant.metrics import Comparison
 
+BaseArgument = Annotated[
+    str, typer.Argument(metavar="BASE", help="Model directory, hub id, or smollm2-135m.")
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="New or empty folder for the result.")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(help="UTF-8 text for the start of keyed forms; default: embedded English texts."),
+]
+CalibrationTokensOption = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Tokens of it to read, in windows of 512; the last four are held out."
+    ),
+]
+DeltaOption = Annotated[
+    bool,
+    typer.Option("--delta", help="Save only what is added; loading it needs the same base again."),
+]
+
 
 def convert(
-    ctx: typer.Context,
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="Model directory, hub id, or smollm2-135m.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="New or empty folder for the result.")
-    ],
+    base: BaseArgument,
+    output: OutputOption,
     preset: o.PresetOption = None,
     rank: o.RankOption = None,
     energy: o.EnergyOption = None,
@@ -36,24 +52,9 @@ def convert(
     regulariser: o.RegulariserOption = None,
     layers: o.LayersOption = None,
     mapping: o.MapOption = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text for the start of keyed forms; default: embedded English texts."
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Tokens of it to read, in windows of 512; the last four are held out."
-        ),
-    ] = 32_768,
-    delta: Annotated[
-        bool,
-        typer.Option(
-            "--delta", help="Save only what is added; loading it needs the same base again."
-        ),
-    ] = False,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOption = 32_768,
+    delta: DeltaOption = False,
     dtype: o.DtypeOption = o.Dtype.AUTO,
     device_map: o.DeviceMapOption = None,
     quantization: o.QuantizationOption = o.Quantization.NONE,
@@ -68,17 +69,19 @@ def convert(
     pliant convert smollm2-135m --rank 192 --output outputs/keyed
     pliant convert ./my-llama --map '0-9=v1,10-29=keyed:256' --delta -o outputs/mixed
     """
+    given = locals()  # every option by its name
     o.fresh_folder(output)
-    forms = o.parse_forms(ctx.params) or o.default_forms()
+    forms = o.parse_forms(given) or o.default_forms()
     if calibration is not None and not forms.needs_calibration:
         raise ConfigError(
             "--calibration is for the keyed forms; the form asked for starts without text. "
             "Leave it out."
         )
+    text = None if calibration is None else _read(calibration)
     say_step(f"Loading {base}")
-    model = o.load_model(base, ctx.params)
+    model = o.load_model(base, given)
     say_step(f"Converting {_describe(forms)}")
-    windows = _windows(model, calibration, calibration_tokens) if _is_lossy(forms, model) else None
+    windows = _windows(model, text, calibration_tokens) if _is_lossy(forms, model) else None
     predicted = _convert(model, forms, windows)
     say_step(f"Saving to {output}")
     model.save_pretrained(output, delta=delta)
@@ -100,15 +103,19 @@ def _is_lossy(forms: o.Forms, model: Any) -> bool:
     )
 
 
-def _windows(model: Any, file: Path | None, num_tokens: int) -> "Tensor":
-    from transformers import AutoTokenizer
+def _read(file: Path) -> str:
+    from pliant.data import read_text
 
-    from pliant.data import calibration_tokens, read_text, token_windows
+    return read_text(file)
 
-    if file is not None:
-        text = read_text(file)
-    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    if file is None:
+
+def _windows(model: Any, text: str | None, num_tokens: int) -> "Tensor":
+    """Returns windows of the text given, or of the embedded ones."""
+    from pliant.cli.generation import tokenizer_of
+    from pliant.data import calibration_tokens, token_windows
+
+    tokenizer = tokenizer_of(model)
+    if text is None:
         return calibration_tokens(tokenizer, num_tokens=num_tokens)
     return token_windows(text, tokenizer, num_tokens=num_tokens)
 
@@ -131,7 +138,7 @@ def _show(
 ) -> None:
     """Prints the summary table and the next command to type."""
     added = sum(p.numel() for _, p in model.dynamic_parameters())
-    total = sum(p.numel() for p in model.parameters())
+    total = model.num_parameters()  # counts what is quantised as if it were not
     table = Table(show_header=False, title="converted")
     table.add_row("base", base)
     table.add_row("layers", describe_layers(model.spec.layers))

@@ -95,6 +95,14 @@ def demo(
     folder.clear(output)
     folder.write_record(output, record)
     hush_transformers()
+    record |= _run(plan, output)
+    record |= {"complete": True, "seconds": round(time.monotonic() - started, 1)}
+    folder.write_record(output, record)
+    folder.say_where(output, rows.BASE, record["seconds"])
+
+
+def _run(plan: Plan, output: Path) -> dict[str, Any]:
+    """Carries out every step; returns what the record says of them."""
     statistics, evaluation = _read(plan)
     energy = _spectra(statistics)
     model, measured = _measure(plan, statistics, evaluation)
@@ -102,9 +110,7 @@ def demo(
     _draw(measured, energy, output)
     outputs = _generate(model, plan)
     _save(model, output)
-    reloaded = _reload(outputs, plan, output)
-    record |= {
-        "complete": True,
+    return {
         "versions": folder.versions(),
         "hardware": folder.hardware(),
         "settings": {
@@ -113,22 +119,17 @@ def demo(
             "tokens": evaluation.numel(),
             "calibration_tokens": plan.calibration_tokens,
             "window": WINDOW,
-            "quick": quick,
         },
-        "rows": [row.to_dict() for row in measured],
-        "directions_for_99_percent": {str(i): _directions(shares) for i, shares in energy.items()},
-        "energy": {str(i): [round(share, 5) for share in shares] for i, shares in energy.items()},
+        "rows": [figures.to_dict() for figures in measured],
+        "directions_for_99_percent": {i: _directions(shares) for i, shares in energy.items()},
+        "energy": {i: _at_powers_of_two(shares) for i, shares in energy.items()},
         "generations": outputs,
-        "reloaded_in_a_new_process": reloaded,
-        "seconds": round(time.monotonic() - started, 1),
+        "reloaded_in_a_new_process": _reload(outputs, plan, output),
     }
-    folder.write_record(output, record)
-    folder.say_where(output, rows.BASE, record["seconds"])
 
 
 def _read(plan: Plan) -> "tuple[AttentionStatistics, Tensor]":
-    """Loads the base, reads the calibration text once for all rows, and takes the evaluation
-    text."""
+    """Loads the base, reads the calibration text once for all rows, and takes other text."""
     from pliant.cli.generation import tokenizer_of
     from pliant.data import calibration_tokens, documents, token_windows
     from pliant.statistics import attention_statistics
@@ -165,8 +166,8 @@ def _spectra(statistics: "AttentionStatistics") -> dict[int, list[float]]:
             progress("Layers", done, len(statistics.moments))
     counts = sorted(_directions(shares) for shares in energy.values())
     results.print(
-        f"99 % of the attention output lies in {counts[0]} to {counts[-1]} of "
-        f"{len(energy[0])} directions, layer by layer (median {counts[len(counts) // 2]})."
+        f"99 % of the attention output lies in {counts[0]} to {counts[-1]} of {len(energy[0])} "
+        f"directions, layer by layer (median {counts[len(counts) // 2]})."
     )
     return energy
 
@@ -179,13 +180,19 @@ def _directions(shares: list[float], energy: float = 0.99) -> int:
     )
 
 
+def _at_powers_of_two(shares: list[float]) -> dict[int, float]:
+    """Directions → the share of the attention output that so many hold: 1, 2, 4, …, all."""
+    counts = [2**n for n in range(len(shares).bit_length()) if 2**n < len(shares)]
+    return {count: round(shares[count - 1], 4) for count in [*counts, len(shares)]}
+
+
 def _measure(plan: Plan, statistics: Any, evaluation: "Tensor") -> tuple[Any, list[rows.Measured]]:
     """Converts and measures every row; returns the model of the row that is kept, and all
     figures."""
     from dataclasses import replace
 
     say_step(
-        f"4. Convert {len(plan.rows)} ways, measure each on {evaluation.numel():,} tokens of other text",
+        f"4. Convert {len(plan.rows)} ways, measure each on {evaluation.numel():,} other tokens",
         "The base is measured in the same run, through base mode of the same model.",
     )
     statistics = replace(statistics, held_out=statistics.held_out[:PREDICTION_WINDOWS])

@@ -34,28 +34,32 @@ class Row:
 
 
 ROWS: tuple[Row, ...] = (
-    Row(preset="keyed", options={"rank": 64}, why="a narrow memory: half of the loss is here"),
-    Row(preset="keyed", options={"rank": 128}, why="where the spectrum flattens"),
+    Row(preset="keyed", options={"rank": 64}, why="a ninth of the width"),
+    Row(preset="keyed", options={"rank": 128}, why="between a fifth and a quarter of it"),
+    Row(
+        preset="keyed",
+        options={"rank": 128, "allocation": "sensitivity"},
+        why="the same sum, spread by what each layer needs",
+    ),
     Row(
         preset="keyed",
         options={"rank": 192},
-        why="close to the base: this one is kept",
+        why="a third: close to the base; this one is kept",
         in_quick=True,
         is_kept=True,
     ),
-    Row(preset="keyed", options={"rank": 256}, why="nearly exact"),
+    Row(preset="keyed", options={"rank": 256}, why="four ninths: closer still"),
     Row(
         preset="v1",
         options={"rank": 16},
-        why="keeps the residual, so it starts exact",
+        why="keeps the residual: exact before training",
         in_quick=True,
     ),
     Row(preset="v1_single", options={"rank": 16}, why="drops the residual: must be trained"),
-    Row(preset="v2", options={"rank": 16}, why="drops it, and the MLP reads no attention"),
+    Row(preset="v2", options={"rank": 16}, why="drops it, and the MLP input too"),
     Row(preset="outer", options={"rank": 64}, why="likewise, with a rank-1 update of the gate"),
 )
-"""Every row of the demo's table, in its order. One of them is kept, to generate from and to
-save."""
+"""Every row of the demo's table, in its order; the one that is kept generates and is saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +118,14 @@ def measure(
     from pliant.metrics import compare_to_base
 
     model = load_base()
-    # The table shows what each row costs; the library's own prediction and warning would only
-    # repeat it.
+    # The table says what each row costs; the library's prediction and warning would repeat it.
     with library_muted("pliant.conversion"):
-        convert(model, NptConfig.preset(row.preset, **row.options), calibration=statistics)
+        convert(
+            model,
+            NptConfig.preset(row.preset, **row.options),
+            calibration=statistics,
+            progress=progress,
+        )
     compared = compare_to_base(
         model, tokens, progress=lambda _, done, total: progress(row.name, done, total)
     )

@@ -13,40 +13,47 @@ from pliant.cli import options as o
 from pliant.cli.console import results, say_step
 
 if TYPE_CHECKING:
-    from pliant.cli.generation import Completion, Sampling
+    from pliant.cli.generation import Completion, OnText, Sampling
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or smollm2-135m.")
+]
+PromptOption = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", help="Text to continue; may be given several times."),
+]
+PromptFileOption = Annotated[
+    Path | None, typer.Option("--prompt-file", help="UTF-8 text file with one prompt a line.")
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(min=1, help="Tokens to write at most.", rich_help_panel=o.SAMPLING)
+]
+ChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Ask through the chat template, in place of continuing the text.",
+    ),
+]
+BaseOption = Annotated[
+    bool, typer.Option("--base", help="Show the text of the unconverted base beside it.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print texts and tokens as JSON, without streaming.")
+]
 
 
 def generate(
-    ctx: typer.Context,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or smollm2-135m.")
-    ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", help="Text to continue; may be given several times."),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option("--prompt-file", help="UTF-8 text file with one prompt a line.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to write at most.", rich_help_panel=o.SAMPLING)
-    ] = 64,
+    model: ModelArgument,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    max_new_tokens: MaxNewTokensOption = 64,
     temperature: o.TemperatureOption = 0.0,
     top_p: o.TopPOption = None,
     seed: o.SeedOption = None,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Ask through the chat template, in place of continuing the text.",
-        ),
-    ] = False,
-    base: Annotated[
-        bool, typer.Option("--base", help="Show the text of the unconverted base beside it.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print texts and tokens as JSON, without streaming.")
-    ] = False,
+    chat: ChatOption = False,
+    base: BaseOption = False,
+    as_json: JsonOption = False,
     dtype: o.DtypeOption = o.Dtype.AUTO,
     device_map: o.DeviceMapOption = None,
     quantization: o.QuantizationOption = o.Quantization.NONE,
@@ -61,12 +68,13 @@ def generate(
     pliant generate outputs/keyed --prompt "The capital of France is" --base
     pliant generate outputs/keyed -p "Why is the sky blue?" --chat --temperature 0.7 --seed 1
     """
+    given = locals()  # every option by its name
     prompts = _prompts(prompt, prompt_file)
     if top_p is not None and temperature == 0.0:
         raise typer.BadParameter("needs a --temperature above 0.", param_hint="--top-p")
     if not as_json:
         say_step(f"Loading {model}")
-    loaded = o.load_model(model, ctx.params)
+    loaded = o.load_model(model, given)
     from pliant.cli.generation import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
@@ -78,14 +86,7 @@ def generate(
         results.print(side_by_side([writer.describe(text, with_base=True) for text in prompts]))
     else:
         for text in prompts:
-            results.print(
-                text if not chat else f"> {text}",
-                style="dim",
-                markup=False,
-                end="" if not chat else "\n",
-            )
-            writer.write(text, stream=True)
-            results.print()
+            writer.stream(text)
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
@@ -113,7 +114,7 @@ class Writer:
         self.chat = chat
         self.seed = seed
 
-    def write(self, prompt: str, *, stream: bool = False) -> "Completion":
+    def write(self, prompt: str, *, on_text: "OnText | None" = None) -> "Completion":
         """Continues one prompt; every prompt starts from the seed, so that their order does not
         matter."""
         import torch
@@ -127,9 +128,14 @@ class Writer:
         )
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        return complete(
-            self.model, self.tokenizer, ids, self.sampling, on_text=show_piece if stream else None
-        )
+        return complete(self.model, self.tokenizer, ids, self.sampling, on_text=on_text)
+
+    def stream(self, prompt: str) -> None:
+        """Shows a prompt and, as it comes, what the model writes after it."""
+        shown, end = (f"> {prompt}", "\n") if self.chat else (prompt, "")
+        results.print(shown, style="dim", markup=False, soft_wrap=True, end=end)
+        self.write(prompt, on_text=show_piece)
+        results.print()
 
     def describe(self, prompt: str, *, with_base: bool) -> dict[str, Any]:
         """Returns prompt, text and tokens of the model and, if asked for, of its base."""

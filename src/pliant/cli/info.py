@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 def info(
-    ctx: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -53,8 +52,9 @@ def info(
     pliant info llama-3.1-8b
     pliant info smollm2-135m --preset keyed --rank 192 --json
     """
+    given = locals()  # every option by its name
     hush_transformers()
-    forms = o.parse_forms(ctx.params)
+    forms = o.parse_forms(given)
     config = _config(model)
     wanted = _wanted(model, config, forms)
     from pliant.conversion.summary import summarise

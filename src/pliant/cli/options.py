@@ -1,7 +1,7 @@
 """Options that several commands share, and what they mean to the library.
 
-A command declares those it takes in its signature and hands ``ctx.params`` on to ``parse_forms``
-and ``load_model``, which read them by name.
+A command declares those it takes in its signature and hands all its arguments on to ``parse_forms``
+and ``load_model``, which read theirs by name.
 """
 
 from collections.abc import Mapping
@@ -167,7 +167,7 @@ def parse_forms(given: Mapping[str, Any]) -> Forms | None:
     """Returns what the form options ask for; ``None`` if none was given.
 
     Args:
-        given: The values of a command's options by the names of its parameters (``ctx.params``):
+        given: The arguments of a command, by name:
             those of ``FORM_FIELDS``, ``preset``, ``rank``, ``tied``, ``layers`` and ``mapping``.
     """
     from pliant.architectures import NptConfig
@@ -238,7 +238,7 @@ def load_model(name: str, given: Mapping[str, Any]) -> Any:
 
     Args:
         name: Directory, hub id or embedded base.
-        given: The values of a command's options by the names of its parameters (``ctx.params``):
+        given: The arguments of a command, by name:
             ``dtype``, ``device_map``, ``quantization`` and ``attn_implementation``.
     """
     hush_transformers()

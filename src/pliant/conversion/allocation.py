@@ -1,9 +1,120 @@
-"""How many of its leading directions each layer carries."""
+"""How many of its leading directions each layer carries, when the layers share one budget.
+
+Truncating layer l at rank r_l loses ``a − P a``, P the projection on its r_l leading directions. Let a gate g_l give
+that loss back, ``P a + g_l (a − P a)``. With every layer truncated, ``−∂KL/∂g_l`` at g = 0 is what the layer's loss costs in
+``KL(base ‖ truncated)``; divided by the energy lost it is the layer's price w_l of a unit of energy. The ranks then go to
+the directions of largest ``w_l λ_{l,i}`` over all layers.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 from pliant.architectures import NptConfig
 from pliant.conversion.closed_form import Spectrum
+from pliant.statistics import Progress, base_mode
+
+MIN_RANK = 8
+ROUNDS = 2
 
 
-def settle_rank(config: NptConfig, spectrum: Spectrum) -> int:
-    """Returns the rank of one layer: as given, or the smallest that keeps ``config.energy``."""
-    return spectrum.rank_for(config.energy) if config.rank == "auto" else int(config.rank)
+def settle_ranks(
+    model: PreTrainedModel,
+    configs: Mapping[int, NptConfig],
+    spectra: Mapping[int, Spectrum],
+    tokens: Int[Tensor, "windows window"],
+    progress: Progress | None = None,
+) -> dict[int, int]:
+    """Returns the rank of every layer: as given, by retained energy, or from a budget shared by sensitivity.
+
+    Args:
+        model: The base, or a converted model; it is run in base mode.
+        configs: Layers with a closed form.
+        spectra: Of the same layers.
+        tokens: Text to measure sensitivities on.
+        progress: Called after each window.
+    """
+    ranks = {
+        i: spectra[i].rank_for(c.energy) if c.rank == "auto" else int(c.rank) for i, c in configs.items()
+    }
+    shared = {i: ranks[i] for i, c in configs.items() if c.allocation == "sensitivity"}
+    budget = sum(shared.values())
+    for _ in range(ROUNDS if len(shared) > 1 else 0):
+        bases = {i: spectra[i].vectors[:, :rank] for i, rank in shared.items()}
+        costs = truncation_costs(model, bases, tokens, progress)
+        prices = {i: costs[i] / spectra[i].values[rank:].sum().item() for i, rank in shared.items()}
+        shared = share_budget(prices, {i: spectra[i].values for i in shared}, budget)
+    return {**ranks, **shared}
+
+
+def share_budget(
+    prices: Mapping[int, float], values: Mapping[int, Float[Tensor, " d_model"]], budget: int
+) -> dict[int, int]:
+    """Gives the ranks of a budget to the directions of largest ``w_l λ_{l,i}``, at least eight to each layer."""
+    layers = list(prices)
+    worth = torch.stack([values[i] * max(prices[i], 0.0) for i in layers])  # (L, d)
+    worth[:, : min(MIN_RANK, budget // len(layers))] = torch.inf
+    chosen = worth.flatten().topk(budget).indices
+    counts = torch.bincount(chosen // worth.shape[1], minlength=len(layers))
+    return dict(zip(layers, counts.tolist(), strict=True))
+
+
+def truncation_costs(
+    model: PreTrainedModel,
+    bases: Mapping[int, Float[Tensor, "d_model rank"]],
+    tokens: Int[Tensor, "windows window"],
+    progress: Progress | None = None,
+) -> dict[int, float]:
+    """Returns ``−∂KL(base ‖ truncated)/∂g_l`` at g = 0, in nats a token, with every layer of ``bases`` truncated.
+
+    The model is left as it is: hooks take ``(1 − g_l)(a − P a)`` from each layer's output.
+    """
+    gates = torch.zeros(max(bases) + 1, device=model.device, requires_grad=True)
+    totals = torch.zeros_like(gates)
+    training = model.training
+    model.eval()
+    try:
+        with base_mode(model):
+            for done, window in enumerate(tokens, start=1):
+                totals -= _gate_gradient(model, bases, gates, window.unsqueeze(0).to(model.device))
+                if progress is not None:
+                    progress("Measuring what each layer's loss costs", done, len(tokens))
+    finally:
+        model.train(training)
+    return {i: (totals[i] / tokens.numel()).item() for i in bases}
+
+
+def _gate_gradient(
+    model: PreTrainedModel, bases: Mapping[int, Tensor], gates: Tensor, window: Int[Tensor, "1 window"]
+) -> Tensor:
+    with torch.no_grad():
+        target = model(window, use_cache=False).logits[0].log_softmax(-1)
+    with torch.enable_grad(), ExitStack() as stack:
+        for index, vectors in bases.items():
+            for handle in _truncate(model.model.layers[index], vectors, gates[index]):
+                stack.callback(handle.remove)
+        log_p = model(window, use_cache=False).logits[0].log_softmax(-1)
+        kl = functional.kl_div(log_p, target, reduction="sum", log_target=True)
+        return torch.autograd.grad(kl, gates)[0]
+
+
+def _truncate(layer: nn.Module, vectors: Tensor, gate: Tensor) -> list[Any]:
+    """Hooks that make a base layer carry ``P a + g (a − P a)`` in place of a."""
+    found: list[Tensor] = []
+
+    def remember(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(output[0])
+
+    def take_away(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        a = found.pop()
+        kept = vectors.to(a.device, a.dtype)
+        lost = a - (a @ kept) @ kept.T
+        return output - (1 - gate.to(a.dtype)) * lost
+
+    return [layer.self_attn.register_forward_hook(remember), layer.register_forward_hook(take_away)]

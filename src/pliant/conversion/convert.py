@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from pliant.architectures import NptConfig
-from pliant.conversion.allocation import settle_rank
+from pliant.conversion.allocation import settle_ranks
 from pliant.conversion.closed_form import fill, spectrum
 from pliant.data import calibration_tokens, token_windows
 from pliant.errors import ConfigError, ConversionError
@@ -61,7 +61,7 @@ def convert(
     wanted = _resolve(config, layers, model.config.num_hidden_layers)
     _check_layers(model, wanted)
     statistics = _statistics(model, wanted, calibration, progress)
-    bases = _closed_form_bases(wanted, statistics, model.config.hidden_size)
+    bases = _closed_form_bases(model, wanted, statistics, progress)
     spec = PliantSpec.of(model.config)
     settled = {i: c.with_rank(bases[i].shape[1]) if i in bases else c for i, c in wanted.items()}
     base = spec.base or {"name": model.config._name_or_path or None, "revision": getattr(model.config, "_commit_hash", None)}
@@ -156,14 +156,20 @@ def _statistics(
 
 
 def _closed_form_bases(
-    wanted: Mapping[int, NptConfig], statistics: AttentionStatistics | None, d_model: int
+    model: PreTrainedModel,
+    wanted: Mapping[int, NptConfig],
+    statistics: AttentionStatistics | None,
+    progress: Progress | None,
 ) -> dict[int, Float[Tensor, "d_model rank"]]:
     """Returns ``V_r`` of every layer with a closed form; the identity at full rank."""
-    bases = {i: torch.eye(d_model) for i, c in wanted.items() if c.has_closed_form and c.rank == d_model}
-    for index, config in wanted.items():
-        if statistics is not None and config.has_closed_form and index not in bases:
-            modes = spectrum(statistics.moments[index])
-            bases[index] = modes.vectors[:, : settle_rank(config, modes)].contiguous()
+    d_model = model.config.hidden_size
+    closed = {i: c for i, c in wanted.items() if c.has_closed_form}
+    bases = {i: torch.eye(d_model) for i, c in closed.items() if c.rank == d_model}
+    if statistics is not None:
+        truncated = {i: c for i, c in closed.items() if i not in bases}
+        spectra = {i: spectrum(statistics.moments[i]) for i in truncated}
+        ranks = settle_ranks(model, truncated, spectra, statistics.sample, progress)
+        bases |= {i: spectra[i].vectors[:, :rank].contiguous() for i, rank in ranks.items()}
     return bases
 
 

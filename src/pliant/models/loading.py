@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pliant.errors import CheckpointError, ConfigError
 from pliant.models.bases import EMBEDDED, resolve_base
@@ -35,7 +35,7 @@ def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
         raise ConfigError(f"attn_implementation must be one of {', '.join(ATTENTION)}; got {attention!r}.")
     try:
         hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
-        config = AutoConfig.from_pretrained(path, **hub)
+        config = _read_config(path, **hub)
         family = family_of(config)
         if not isinstance(config, family.config):
             base = {"name": _recorded_name(name), "revision": getattr(config, "_commit_hash", None)}
@@ -50,6 +50,13 @@ def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
             f"attn_implementation={attention!r} needs a package that is not installed: {error} "
             "Install it, or use attn_implementation='sdpa'."
         ) from error
+
+
+def _read_config(path: str, **hub: Any) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, **hub)
+    except ValueError as error:  # no config.json in a folder, or a model type unknown to transformers
+        raise CheckpointError(f"model {path!r} must hold the config.json of a known model: {error}") from error
 
 
 def _recorded_name(name: str | os.PathLike) -> str:

@@ -41,7 +41,9 @@ def record(inner: nn.Module, layers: Mapping[int, Any], detail: str) -> Iterator
     report = ModelReport()
 
     def collect(_module: nn.Module, _args: Sequence[Any], _output: Any) -> None:
-        report.forwards.append({i: layer.layer_report for i, layer in layers.items() if layer.layer_report is not None})
+        reports = {i: layer.layer_report for i, layer in layers.items() if layer.layer_report is not None}
+        if reports:  # a forward in base mode has none, and must not take the place of the one before
+            report.forwards.append(reports)
         for layer in layers.values():
             layer.layer_report = None
 

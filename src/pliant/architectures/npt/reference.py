@@ -1,7 +1,7 @@
 """The slow, obvious NPT layer: for every token, the rewritten matrices are formed and then applied.
 
-The fast layer never forms them; it is tested against this one, outputs and gradients. Nothing here works on
-quantised or offloaded projections, whose weights cannot be read.
+The fast layer never forms them; it is tested against this one, outputs and gradients. Nothing here
+works on quantised or offloaded projections, whose weights cannot be read.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,13 @@ Wide = Float[Tensor, " d_ffn"]
 def reference_output(
     layer: NptLayer, h: Float[Tensor, "batch seq d_model"], a: Float[Tensor, "batch seq d_model"]
 ) -> Float[Tensor, "batch seq d_model"]:
-    """Returns the output of a converted decoder layer from its input ``h`` and its attention output ``a``."""
+    """Returns the output of a converted layer from its input ``h`` and attention output ``a``."""
     form = REFERENCES[layer.layer_config.form]
     rows = []
     for h_row, a_row in zip(h, a, strict=True):
-        rows.append(torch.stack([form(layer, h_t, a_t) for h_t, a_t in zip(h_row, a_row, strict=True)]))
+        rows.append(
+            torch.stack([form(layer, h_t, a_t) for h_t, a_t in zip(h_row, a_row, strict=True)])
+        )
     return torch.stack(rows)
 
 
@@ -48,7 +50,10 @@ def gate_rewritten_mlp(layer: NptLayer, z: Vector, a: Vector) -> Vector:
 
 
 def v2(layer: NptLayer, h: Vector, a: Vector) -> Vector:
-    """``h + MLP′(x)``, with ``W_g′ = diag(1 + δ_mult) W_g + δ_add ⊗ x/‖x‖²``; a gate's bias is scaled like its rows."""
+    """``h + MLP′(x)``, with ``W_g′ = diag(1 + δ_mult) W_g + δ_add ⊗ x/‖x‖²``.
+
+    The gate's bias, if there is one, is scaled like its rows.
+    """
     mlp = layer.mlp
     x = layer.post_attention_layernorm(h)
     gate, bias = mlp.gate_proj.weight, mlp.gate_proj.bias
@@ -64,16 +69,18 @@ def v2(layer: NptLayer, h: Vector, a: Vector) -> Vector:
 
 
 def outer(layer: NptLayer, h: Vector, a: Vector) -> Vector:
-    """``h + MLP′(x)``, with ``W′ = W + Σ_k v_b^k ⊗ v_a^k`` for every projection that the form targets."""
+    """``h + MLP′(x)``, with ``W′ = W + Σ_k v_b^k ⊗ v_a^k`` for every targeted projection."""
     mlp = layer.mlp
     x = layer.post_attention_layernorm(h)
-    gate, up, down = (outer_weight(layer, name, a) for name in ("gate_proj", "up_proj", "down_proj"))
+    gate, up, down = (
+        outer_weight(layer, name, a) for name in ("gate_proj", "up_proj", "down_proj")
+    )
     m = mlp.act_fn(affine(gate, mlp.gate_proj.bias, x)) * affine(up, mlp.up_proj.bias, x)
     return h + affine(down, mlp.down_proj.bias, m)
 
 
 def outer_weight(layer: NptLayer, name: str, a: Vector) -> Float[Tensor, "d_out d_in"]:
-    """The matrix of one projection after its k rank-1 updates ``(W_b^k D a/√d) ⊗ (W_a^k D a + c^k)``."""
+    """One projection's matrix after its k updates ``(W_b^k D a/√d) ⊗ (W_a^k D a + c^k)``."""
     weight = getattr(layer.mlp, name).weight
     config = layer.layer_config
     if name not in config.target_names:
@@ -83,13 +90,15 @@ def outer_weight(layer: NptLayer, name: str, a: Vector) -> Float[Tensor, "d_out 
     keys = factor(layer, f"{name}_key", a) @ bottleneck
     if config.key_bias:
         keys = keys + factor(layer, f"{name}_key_bias", a)
-    for value, key in zip(values.chunk(config.num_updates), keys.chunk(config.num_updates), strict=True):
+    for value, key in zip(
+        values.chunk(config.num_updates), keys.chunk(config.num_updates), strict=True
+    ):
         weight = weight + torch.outer(value, key)
     return weight
 
 
 def keyed(layer: NptLayer, h: Vector, a: Vector) -> Vector:
-    """``h + MLP′(x⁺)``, with ``W_d′ = W_d + (U D a) ⊗ m/‖m‖²`` and m the MLP's hidden state at x⁺."""
+    """``h + MLP′(x⁺)``, with ``W_d′ = W_d + (U D a) ⊗ m/‖m‖²``, m the hidden state at x⁺."""
     mlp = layer.mlp
     x = layer.post_attention_layernorm(h + a)
     m = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
@@ -97,8 +106,9 @@ def keyed(layer: NptLayer, h: Vector, a: Vector) -> Vector:
 
 
 def keyed_pre(layer: NptLayer, h: Vector, a: Vector) -> Vector:
-    """``h + MLP′(x)``: ``W′ = W + ((ρ − 1) W x + s B D a) ⊗ x/‖x‖²`` for gate and up, and ``keyed``'s write on down.
+    """``h + MLP′(x)``, with ``W′ = W + ((ρ − 1) W x + s B D a) ⊗ x/‖x‖²`` for gate and up.
 
+    Down gets the write of ``keyed``.
     s = 1/rms(h + a) and ρ = rms(h)/rms(h + a), so at full rank ``W′ x = W x⁺``.
     """
     mlp = layer.mlp
@@ -137,7 +147,9 @@ def factor(layer: NptLayer, name: str, like: Tensor) -> Tensor:
 
 
 def affine(
-    weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None, z: Float[Tensor, " d_in"]
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, " d_out"] | None,
+    z: Float[Tensor, " d_in"],
 ) -> Float[Tensor, " d_out"]:
     """``W z + b``."""
     return functional.linear(z, weight, bias)
