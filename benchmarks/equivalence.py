@@ -40,7 +40,10 @@ def measure(form: str, ids: list[torch.Tensor]) -> dict[str, float | int | str]:
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(pliant.load("smollm2-135m").config._name_or_path)
     ids = prompts(tokenizer)
-    save("equivalence", {"environment": environment(), "rows": [measure(form, ids) for form in ("keyed", "keyed_pre", "v1")]})
+    save(
+        "equivalence",
+        {"environment": environment(), "rows": [measure(form, ids) for form in ("keyed", "keyed_pre", "v1")]},
+    )
 
 
 if __name__ == "__main__":

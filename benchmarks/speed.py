@@ -117,7 +117,9 @@ def main() -> None:
         for phase, make in (("prefill", prefill), ("decode", decode)):
             result = paired(make(model), model, arguments.rounds)
             rows.append({"form": label, "phase": phase, "added_parameters": added, **result})
-            print(f"{label:18} {phase:8} ×{result['ratio']:.3f} [{result['low']:.3f}, {result['high']:.3f}]", flush=True)
+            print(
+                f"{label:18} {phase:8} ×{result['ratio']:.3f} [{result['low']:.3f}, {result['high']:.3f}]", flush=True
+            )
     save("speed", {"environment": environment(arguments.device), "rounds": arguments.rounds, "rows": rows})
 
 

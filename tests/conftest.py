@@ -125,9 +125,7 @@ def randomise() -> Callable[..., PreTrainedModel]:
 def convert_randomly(randomise: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
     """A function that converts a model in place and gives its added parameters random values."""
 
-    def convert(
-        model: PreTrainedModel, form: str, *, layers: Any = "all", **options: Any
-    ) -> PreTrainedModel:
+    def convert(model: PreTrainedModel, form: str, *, layers: Any = "all", **options: Any) -> PreTrainedModel:
         config = pliant.NptConfig.preset(form, **{"rank": RANK, **options})
         return randomise(pliant.convert(model, config, layers=layers, calibration=windows()))
 
@@ -165,9 +163,7 @@ def checkpoint_activations() -> Callable[..., None]:
 
 def windows(count: int = 6, length: int = 12, *, seed: int = 3) -> Tensor:
     """Random token windows, enough to calibrate a tiny base."""
-    return torch.randint(
-        2, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randint(2, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

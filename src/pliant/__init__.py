@@ -1,12 +1,10 @@
-"""Make a pretrained language model dynamic; importing this also registers its models with
-transformers."""
+"""Make a pretrained language model dynamic; importing this registers its models too."""
 
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# The command line answers --help without torch: its commands import what they need, when they need
-# it.
+# The command line answers --help without torch: each of its commands imports what it needs.
 _IS_COMMAND = bool(sys.argv) and (
     Path(sys.argv[0]).stem == "pliant" or (sys.argv[0] == "-m" and "pliant.cli" in sys.orig_argv)
 )

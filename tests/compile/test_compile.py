@@ -32,9 +32,7 @@ def layer_inputs(model: nn.Module, prompt: Tensor) -> tuple[Tensor, dict[str, An
     return seen["h"].detach(), seen["kwargs"]
 
 
-def run_layer(
-    layer: nn.Module, compiled: Any, h: Tensor, kwargs: dict[str, Any]
-) -> dict[str, Tensor]:
+def run_layer(layer: nn.Module, compiled: Any, h: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """Output, report and gradients of one call."""
     layer.zero_grad()
     h = h.clone().requires_grad_(True)
@@ -64,9 +62,7 @@ def assert_compiles(model: nn.Module, prompt: Tensor, recording: str | None, bac
 
 
 @pytest.mark.parametrize("recording", [None, "norms", "writes"])
-def test_layer_is_one_graph(
-    form: str, recording: str | None, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_layer_is_one_graph(form: str, recording: str | None, make_converted: Callable, prompt: Tensor) -> None:
     model = make_converted(form, **OPTIONS.get(form, {}))
     assert_compiles(model, prompt, recording, "eager")
 
@@ -84,8 +80,7 @@ def decode(model: nn.Module, step: Any, prompt: Tensor) -> Tensor:
     with torch.no_grad():
         model(prompt[:, :5], past_key_values=cache, use_cache=True)
         rows = [
-            step(prompt[:, i : i + 1], past_key_values=cache, use_cache=True).logits
-            for i in range(5, prompt.shape[1])
+            step(prompt[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(5, prompt.shape[1])
         ]
     return torch.cat(rows, dim=1)
 
@@ -100,16 +95,12 @@ def assert_decoding_compiles(model: nn.Module, prompt: Tensor, backend: str) -> 
         assert (actual - reference).abs().max() < TOLERANCE * reference.abs().max()
 
 
-def test_decoding_step_with_a_static_cache_is_one_graph(
-    form: str, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_decoding_step_with_a_static_cache_is_one_graph(form: str, make_converted: Callable, prompt: Tensor) -> None:
     assert_decoding_compiles(make_converted(form, **OPTIONS.get(form, {})), prompt, "eager")
 
 
 @pytest.mark.slow
-def test_decoding_step_computes_the_same_when_compiled_by_inductor(
-    make_converted: Callable, prompt: Tensor
-) -> None:
+def test_decoding_step_computes_the_same_when_compiled_by_inductor(make_converted: Callable, prompt: Tensor) -> None:
     assert_decoding_compiles(make_converted(INDUCTOR_FORM), prompt, "inductor")
 
 

@@ -47,9 +47,7 @@ def test_gradient_at_the_start_is_not_zero(
     form: str, family: str, make_base: Callable, calibration: Tensor, prompt: Tensor
 ) -> None:
     model = make_base(family).train()
-    pliant.convert(
-        model, pliant.NptConfig.preset(form, rank=RANK), calibration=calibration
-    ).freeze_base()
+    pliant.convert(model, pliant.NptConfig.preset(form, rank=RANK), calibration=calibration).freeze_base()
     model(prompt, labels=prompt).loss.backward()
     for index, layer in model.dynamic_layers.items():
         gradients = [parameter.grad for parameter in layer.plastic.parameters()]
@@ -68,17 +66,13 @@ def test_gradient_at_the_start_of_each_half_of_v2_is_not_zero(
         assert sum(float(p.grad.norm()) for p in layer.plastic.parameters()) > 1e-6
 
 
-def gradients_of(
-    model: torch.nn.Module, prompt: Tensor, *, weight: float
-) -> tuple[float, dict[str, Tensor]]:
+def gradients_of(model: torch.nn.Module, prompt: Tensor, *, weight: float) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of cross-entropy plus ``weight`` × the regulariser."""
     model.zero_grad()
     with model.report() as report:
         loss = model(prompt, labels=prompt).loss + weight * report.regulariser()
         loss.backward()
-    return loss.item(), {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
@@ -124,9 +118,7 @@ def test_regulariser_alone_has_a_gradient(
             assert parameter.grad.abs().max() > 0, (index, name)
 
 
-def test_reentrant_checkpointing_is_refused(
-    make_converted: Callable, checkpoint_activations: Callable
-) -> None:
+def test_reentrant_checkpointing_is_refused(make_converted: Callable, checkpoint_activations: Callable) -> None:
     model = make_converted("v1")
     with pytest.raises(ConfigError, match=r"use_reentrant must be false.*got True.*Leave it out"):
         checkpoint_activations(model, use_reentrant=True)

@@ -17,9 +17,7 @@ import pliant
 from pliant.architectures.npt import FORMS
 from pliant.models.checkpoint import DELTA_NAME
 
-CASES = dict(
-    zip(FORMS, ["llama", "mistral", "qwen2", "qwen3", "smollm3", "llama_mlp_bias"], strict=True)
-)
+CASES = dict(zip(FORMS, ["llama", "mistral", "qwen2", "qwen3", "smollm3", "llama_mlp_bias"], strict=True))
 """Each form on a base of its own, so that six models cover all forms and all bases."""
 KINDS = ("full", "delta")
 DELTA_OVERHEAD_BYTES = 64 * 1024
@@ -96,9 +94,7 @@ def test_a_new_process_gets_bitwise_the_same_logits(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loading_restores_every_parameter_and_the_spec(
-    form: str, kind: str, saved: tuple[Path, dict]
-) -> None:
+def test_loading_restores_every_parameter_and_the_spec(form: str, kind: str, saved: tuple[Path, dict]) -> None:
     root, models = saved
     loaded = pliant.load(folder_of(root, form, kind))
     assert type(loaded) is type(models[form])
@@ -112,9 +108,7 @@ def test_loading_restores_every_parameter_and_the_spec(
 
 def test_delta_is_no_larger_than_the_added_parameters(form: str, saved: tuple[Path, dict]) -> None:
     root, models = saved
-    files = [
-        f for f in folder_of(root, form, "delta").iterdir() if not f.name.startswith("tokenizer")
-    ]
+    files = [f for f in folder_of(root, form, "delta").iterdir() if not f.name.startswith("tokenizer")]
     added = sum(p.numel() * p.element_size() for _, p in models[form].dynamic_parameters())
     assert added <= sum(file.stat().st_size for file in files) <= added + DELTA_OVERHEAD_BYTES
     assert DELTA_NAME in {file.name for file in files}
@@ -134,9 +128,7 @@ def test_loaded_model_is_saved_again_as_the_same_files(
         assert load_file(tmp_path / kind / weights).keys() == load_file(source / weights).keys()
         for name, tensor in load_file(source / weights).items():
             assert torch.equal(load_file(tmp_path / kind / weights)[name], tensor), name
-        entries = [
-            json.loads((f / "config.json").read_text())["pliant"] for f in (source, tmp_path / kind)
-        ]
+        entries = [json.loads((f / "config.json").read_text())["pliant"] for f in (source, tmp_path / kind)]
         assert entries[0] == entries[1]
 
 
@@ -158,9 +150,7 @@ def test_bf16_load_of_an_fp32_checkpoint_keeps_the_added_parameters_fp32(
     assert largest_difference(logits, wanted) < BF16_TOLERANCE
 
 
-def test_sharded_checkpoint_loads_bitwise(
-    form: str, saved: tuple[Path, dict], tmp_path: Path
-) -> None:
+def test_sharded_checkpoint_loads_bitwise(form: str, saved: tuple[Path, dict], tmp_path: Path) -> None:
     _, models = saved
     models[form].save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -171,9 +161,7 @@ def test_sharded_checkpoint_loads_bitwise(
         )
 
 
-def test_start_values_survive_a_round_trip(
-    form: str, make_base: Callable, calibration: Tensor, tmp_path: Path
-) -> None:
+def test_start_values_survive_a_round_trip(form: str, make_base: Callable, calibration: Tensor, tmp_path: Path) -> None:
     """Zeros and closed forms are not initialised anew by loading."""
     config = pliant.NptConfig.preset(form, rank=6)
     model = pliant.convert(make_base(), config, calibration=calibration)
@@ -181,6 +169,19 @@ def test_start_values_survive_a_round_trip(
     loaded = dict(pliant.load(tmp_path).dynamic_parameters())
     for name, parameter in model.dynamic_parameters():
         assert torch.equal(loaded[name], parameter), name
+
+
+def test_bf16_model_reloads_bitwise_with_its_added_parameters_in_fp32(
+    form: str, make_base: Callable, convert_randomly: Callable, tmp_path: Path
+) -> None:
+    make_base().save_pretrained(tmp_path / "base")
+    model = convert_randomly(pliant.load(tmp_path / "base", dtype=torch.bfloat16), form)
+    model.save_pretrained(tmp_path / "full")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert loaded.dtype == torch.bfloat16
+    assert {p.dtype for _, p in loaded.dynamic_parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(loaded(fixed_tokens()).logits, model(fixed_tokens()).logits)
 
 
 def test_tokenizer_travels_with_either_kind(
@@ -194,9 +195,7 @@ def test_tokenizer_travels_with_either_kind(
         assert AutoTokenizer.from_pretrained(tmp_path / kind)("5 6 7")["input_ids"] == [5, 6, 7]
 
 
-def test_delta_loads_over_a_base_that_has_moved(
-    saved: tuple[Path, dict], tmp_path: Path, files_of: Callable
-) -> None:
+def test_delta_loads_over_a_base_that_has_moved(saved: tuple[Path, dict], tmp_path: Path, files_of: Callable) -> None:
     root, models = saved
     moved = tmp_path / "moved"
     pliant.load(root / "v2-base").save_pretrained(moved)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pliant
 from pliant.architectures import NptLayer
@@ -29,9 +29,7 @@ def assert_every_converted_layer_acts(model: PreTrainedModel, prompt: Tensor) ->
         assert torch.equal(model(prompt).logits, everything)
 
 
-def test_same_object_same_base_parameters(
-    form: str, family: str, make_base: Callable, calibration: Tensor
-) -> None:
+def test_same_object_same_base_parameters(form: str, family: str, make_base: Callable, calibration: Tensor) -> None:
     model = make_base(family)
     model.model.embed_tokens.weight.requires_grad_(False)
     inner, modules = model.model, dict(model.named_modules())
@@ -68,9 +66,7 @@ def test_added_parameters_are_fp32_beside_a_base_of_any_dtype(
     assert model.dtype == dtype
 
 
-def test_every_converted_layer_acts(
-    form: str, family: str, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_every_converted_layer_acts(form: str, family: str, make_converted: Callable, prompt: Tensor) -> None:
     assert_every_converted_layer_acts(make_converted(form, family), prompt)
 
 
@@ -117,9 +113,7 @@ def test_hidden_states_and_attentions_are_complete_and_right(
         assert all(torch.equal(actual, expected) for actual, expected in pairs)
 
 
-def test_layers_added_later_join_those_that_are_there(
-    make_base: Callable, randomise: Callable, prompt: Tensor
-) -> None:
+def test_layers_added_later_join_those_that_are_there(make_base: Callable, randomise: Callable, prompt: Tensor) -> None:
     model = make_base()
     expected = model(prompt).logits
     pliant.convert(model, pliant.NptConfig.preset("v1", rank=3), layers=[1])
@@ -144,9 +138,7 @@ def test_layers_added_later_join_those_that_are_there(
     assert_every_converted_layer_acts(randomise(model), prompt)
 
 
-def test_map_gives_each_selection_its_own_form(
-    make_base: Callable, randomise: Callable, prompt: Tensor
-) -> None:
+def test_map_gives_each_selection_its_own_form(make_base: Callable, randomise: Callable, prompt: Tensor) -> None:
     model = make_base(num_hidden_layers=4)
     rank_2 = pliant.NptConfig.preset("outer", rank=2, targets="all", num_updates=2)
     pliant.convert(model, layers={"0-1": "v1", "2": "v1_single", "3": rank_2})
@@ -167,20 +159,14 @@ def test_map_gives_each_selection_its_own_form(
         (1, [1]),
     ],
 )
-def test_layer_selections_convert_what_they_name(
-    layers: Any, converted: list[int], make_base: Callable
-) -> None:
+def test_layer_selections_convert_what_they_name(layers: Any, converted: list[int], make_base: Callable) -> None:
     model = make_base()
     pliant.convert(model, pliant.NptConfig.preset("v1"), layers=layers)
     assert list(model.dynamic_layers) == converted
-    assert [isinstance(layer, NptLayer) for layer in model.model.layers] == [
-        index in converted for index in range(3)
-    ]
+    assert [isinstance(layer, NptLayer) for layer in model.model.layers] == [index in converted for index in range(3)]
 
 
-def test_default_is_keyed_at_a_rank_that_keeps_the_energy(
-    make_base: Callable, calibration: Tensor
-) -> None:
+def test_default_is_keyed_at_a_rank_that_keeps_the_energy(make_base: Callable, calibration: Tensor) -> None:
     model = pliant.convert(make_base(), calibration=calibration)
     for layer in model.dynamic_layers.values():
         assert layer.layer_config.form == "keyed"
@@ -189,9 +175,7 @@ def test_default_is_keyed_at_a_rank_that_keeps_the_energy(
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_training_flag_survives(
-    form: str, training: bool, make_base: Callable, calibration: Tensor
-) -> None:
+def test_training_flag_survives(form: str, training: bool, make_base: Callable, calibration: Tensor) -> None:
     model = make_base().train(training)
     pliant.convert(model, pliant.NptConfig.preset(form, rank=RANK), calibration=calibration)
     assert all(module.training is training for module in model.modules())
@@ -215,9 +199,7 @@ def test_checkpointing_turned_on_before_survives(
     assert len(calls) == 6, "each layer runs once forwards and once more in backward"
 
 
-def test_second_conversion_of_a_layer_is_refused(
-    form: str, make_converted: Callable, state_of: Callable
-) -> None:
+def test_second_conversion_of_a_layer_is_refused(form: str, make_converted: Callable, state_of: Callable) -> None:
     model = make_converted(form)
     before = state_of(model)
     with pytest.raises(ConversionError, match=r"layer 1 already is .*Load the base again"):
@@ -225,9 +207,22 @@ def test_second_conversion_of_a_layer_is_refused(
     assert state_of(model) == before
 
 
-def test_conversion_leaves_no_hooks_and_no_second_copy(
-    form: str, make_base: Callable, calibration: Tensor
-) -> None:
+def test_model_built_from_its_configuration_has_start_values(form: str, make_converted: Callable) -> None:
+    config = make_converted(form).config
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.dynamic_parameters():
+        kind = name.rpartition(".")[2]
+        if form.startswith("keyed") and kind in ("down", "up"):
+            assert torch.equal(parameter, torch.eye(*parameter.shape)), name
+        elif kind.endswith(("add_up", "mult_up", "_value")):
+            assert not parameter.any(), name
+        else:
+            assert parameter.isfinite().all()
+            width = 1 if parameter.ndim == 1 else 32 if "_key" not in name else RANK
+            assert 0.5 < parameter.std().item() * width**0.5 < 2.0, name
+
+
+def test_conversion_leaves_no_hooks_and_no_second_copy(form: str, make_base: Callable, calibration: Tensor) -> None:
     model = make_base()
     pliant.convert(model, pliant.NptConfig.preset(form, rank=RANK), calibration=calibration)
     assert not any(module._forward_hooks for module in model.modules())

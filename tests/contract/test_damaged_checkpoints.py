@@ -67,9 +67,7 @@ def test_delta_over_the_wrong_base_names_both_fingerprints(
     assert str(tmp_path / "base") in str(refused.value)
 
 
-def test_delta_over_a_base_with_one_changed_matrix_is_refused(
-    tmp_path: Path, unchanged: Callable
-) -> None:
+def test_delta_over_a_base_with_one_changed_matrix_is_refused(tmp_path: Path, unchanged: Callable) -> None:
     def shift(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.2.mlp.down_proj.weight"] += 0.01
 
@@ -122,9 +120,7 @@ def test_newer_delta_file_is_refused(tmp_path: Path, unchanged: Callable) -> Non
 
 @pytest.mark.parametrize(("kind", "name"), [("full", FULL_NAME), ("delta", DELTA_NAME)])
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.9])
-def test_truncated_file_is_refused(
-    kind: str, name: str, kept: float, tmp_path: Path, unchanged: Callable
-) -> None:
+def test_truncated_file_is_refused(kind: str, name: str, kept: float, tmp_path: Path, unchanged: Callable) -> None:
     file = tmp_path / kind / name
     whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole))])
@@ -150,15 +146,11 @@ def test_tensors_that_do_not_fit_the_config_are_refused(
 
     rewrite(tmp_path / kind / name, damage)
     unchanged()
-    with pytest.raises(
-        CheckpointError, match=r"model\.layers\.[12]\.plastic\.add_up.*do not belong together"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.[12]\.plastic\.add_up.*do not belong together"):
         pliant.load(tmp_path / kind)
 
 
-def test_missing_base_tensor_of_a_full_checkpoint_is_refused(
-    tmp_path: Path, unchanged: Callable
-) -> None:
+def test_missing_base_tensor_of_a_full_checkpoint_is_refused(tmp_path: Path, unchanged: Callable) -> None:
     rewrite(tmp_path / "full" / FULL_NAME, lambda tensors: tensors.pop("model.norm.weight"))
     unchanged()
     with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight"):
@@ -170,9 +162,7 @@ def test_saving_beside_the_other_kind_is_refused(
     kind: str, delta: bool, model: PreTrainedModel, tmp_path: Path, unchanged: Callable
 ) -> None:
     unchanged()
-    with pytest.raises(
-        CheckpointError, match=rf"must not hold a {kind} checkpoint.*another folder"
-    ):
+    with pytest.raises(CheckpointError, match=rf"must not hold a {kind} checkpoint.*another folder"):
         model.save_pretrained(tmp_path / kind, delta=delta)
 
 
@@ -190,9 +180,7 @@ def test_dense_model_has_no_delta(tmp_path: Path, unchanged: Callable) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_saving_over_a_file_is_refused(
-    model: PreTrainedModel, tmp_path: Path, unchanged: Callable
-) -> None:
+def test_saving_over_a_file_is_refused(model: PreTrainedModel, tmp_path: Path, unchanged: Callable) -> None:
     (tmp_path / "file").write_text("kept")
     unchanged()
     for delta in (False, True):

@@ -12,9 +12,7 @@ from pliant.errors import ConfigError, ConversionError
 FULL_RANK_TOLERANCE = 1e-5
 """The sums of the base in another order: ``W x⁺`` becomes ``ρ W x + s W (γ ⊙ a)``."""
 
-every_base = pytest.mark.parametrize(
-    "base", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "llama_mlp_bias"]
-)
+every_base = pytest.mark.parametrize("base", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "llama_mlp_bias"])
 
 
 @every_base
@@ -28,9 +26,7 @@ def test_keyed_forms_at_full_rank_are_the_base(
     assert largest_difference(model(prompt).logits, expected) < FULL_RANK_TOLERANCE
 
 
-def test_full_rank_tied_keyed_is_the_base(
-    make_base: Callable, prompt: Tensor, largest_difference: Callable
-) -> None:
+def test_full_rank_tied_keyed_is_the_base(make_base: Callable, prompt: Tensor, largest_difference: Callable) -> None:
     model = make_base()
     expected = model(prompt).logits
     pliant.convert(model, pliant.NptConfig.preset("keyed", rank=32, tied=True))
@@ -102,9 +98,7 @@ def test_base_mode_nests_and_survives_exceptions(make_converted: Callable, promp
     assert torch.equal(model(prompt).logits, changed)
 
 
-def test_base_mode_leaves_layers_that_were_off_switched_off(
-    make_converted: Callable, prompt: Tensor
-) -> None:
+def test_base_mode_leaves_layers_that_were_off_switched_off(make_converted: Callable, prompt: Tensor) -> None:
     model = make_converted("v2")
     model.set_active(False, [1])
     partly = model(prompt).logits
@@ -113,9 +107,7 @@ def test_base_mode_leaves_layers_that_were_off_switched_off(
     assert torch.equal(model(prompt).logits, partly)
 
 
-def test_set_active_switches_the_named_layers_alone(
-    form: str, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_set_active_switches_the_named_layers_alone(form: str, make_converted: Callable, prompt: Tensor) -> None:
     model = make_converted(form)
     model.set_active(False, "0-1")
     partly = model(prompt).logits

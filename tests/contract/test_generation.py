@@ -67,9 +67,7 @@ def test_logits_are_the_same_however_the_tokens_are_fed(
 
     def feed_all_ways() -> dict[str, tuple[Tensor, Tensor]]:
         left = model(padded, attention_mask=mask, position_ids=positions_of(mask)).logits
-        mixed = model(
-            short, attention_mask=short_mask, position_ids=positions_of(short_mask)
-        ).logits
+        mixed = model(short, attention_mask=short_mask, position_ids=positions_of(short_mask)).logits
         return {
             "token by token": (token_by_token(model, prompt), expected),
             "two chunks": (in_chunks(model, prompt, 6), expected),
@@ -90,12 +88,8 @@ def test_logits_are_the_same_however_the_tokens_are_fed(
 
 
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
-def test_generate_equals_uncached_greedy(
-    model: PreTrainedModel, implementation: str, prompt: Tensor
-) -> None:
-    options: dict[str, Any] = (
-        {"cache_implementation": implementation} if implementation == "static" else {}
-    )
+def test_generate_equals_uncached_greedy(model: PreTrainedModel, implementation: str, prompt: Tensor) -> None:
+    options: dict[str, Any] = {"cache_implementation": implementation} if implementation == "static" else {}
     expected = uncached_greedy(model, prompt)
     produced = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
     assert torch.equal(produced, expected)
@@ -105,24 +99,18 @@ def test_generate_equals_uncached_greedy(
     )
 
 
-def test_generate_from_left_padded_rows_equals_each_row_alone(
-    model: PreTrainedModel, prompt: Tensor
-) -> None:
+def test_generate_from_left_padded_rows_equals_each_row_alone(model: PreTrainedModel, prompt: Tensor) -> None:
     pads = 3
     batch, mask = prompt.clone(), torch.ones_like(prompt)
     batch[1] = torch.cat([torch.zeros(pads, dtype=torch.long), prompt[1, :-pads]])
     mask[1, :pads] = 0
-    produced = model.generate(
-        batch, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
-    )
+    produced = model.generate(batch, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
     for row, alone in zip(produced, (prompt[:1], prompt[1:, :-pads]), strict=True):
         expected = uncached_greedy(model, alone)[0, alone.shape[1] :]
         assert torch.equal(row[prompt.shape[1] :], expected)
 
 
-def test_beam_search_scores_what_it_returns_as_an_uncached_forward_does(
-    model: PreTrainedModel, prompt: Tensor
-) -> None:
+def test_beam_search_scores_what_it_returns_as_an_uncached_forward_does(model: PreTrainedModel, prompt: Tensor) -> None:
     produced = model.generate(
         prompt,
         max_new_tokens=NEW_TOKENS,
@@ -154,9 +142,7 @@ def test_assisted_decoding_equals_uncached_greedy(
         overrides["use_sliding_window"] = False
     target = make_converted(form, family, overrides=overrides)
     assistant = make_base("llama", seed=9) if draft == "weaker" else target
-    produced = target.generate(
-        prompt[:1], max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=assistant
-    )
+    produced = target.generate(prompt[:1], max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=assistant)
     assert torch.equal(produced, uncached_greedy(target, prompt[:1]))
 
 

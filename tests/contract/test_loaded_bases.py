@@ -19,12 +19,7 @@ QUANTISATIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }
-QUANTISED = [
-    (kind, form)
-    for kind in QUANTISATIONS
-    for form in FORMS
-    if (kind, form) != ("int8", "keyed_pre")
-]
+QUANTISED = [(kind, form) for kind in QUANTISATIONS for form in FORMS if (kind, form) != ("int8", "keyed_pre")]
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 FULL_RANK_TOLERANCE = 1e-5
 PACKED_TOLERANCE = 0.05
@@ -41,9 +36,7 @@ def folder(make_base: Callable, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def quantised(folder: Path, kind: str) -> PreTrainedModel:
     config = BitsAndBytesConfig(**QUANTISATIONS[kind])
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=torch.float32
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
 def offloaded(folder: Path, offload_folder: Path) -> PreTrainedModel:
@@ -96,9 +89,7 @@ def test_every_layer_of_a_quantised_base_acts(
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("form", ["keyed", "keyed_pre"])
-@pytest.mark.parametrize(
-    ("training", "tolerance"), [(True, FULL_RANK_TOLERANCE), (False, PACKED_TOLERANCE)]
-)
+@pytest.mark.parametrize(("training", "tolerance"), [(True, FULL_RANK_TOLERANCE), (False, PACKED_TOLERANCE)])
 @torch.no_grad()
 def test_keyed_forms_at_full_rank_are_their_nf4_base(
     form: str,
@@ -178,9 +169,13 @@ def test_every_layer_of_an_offloaded_base_acts(
 ) -> None:
     model = offloaded(folder, tmp_path)
     assert model.model.layers[2].mlp.up_proj.weight.is_meta
+    hooks = {name: vars(module).get("_hf_hook") for name, module in model.named_modules()}
+    assert hooks["model.layers.2"] is not None
     with torch.no_grad():
         expected = model(prompt).logits
     convert_randomly(model, form)
+    modules = dict(model.named_modules())
+    assert {name: vars(modules[name]).get("_hf_hook") for name in hooks} == hooks
     assert model.model.layers[2].mlp.up_proj.weight.is_meta
     assert not any(parameter.is_meta for _, parameter in model.dynamic_parameters())
     assert_every_converted_layer_acts(model, prompt, expected)
@@ -202,9 +197,7 @@ def test_offloaded_layers_compute_what_layers_in_memory_do(
 
 
 @pytest.mark.parametrize("form", ["keyed", "keyed_pre"])
-def test_closed_form_reads_offloaded_weights(
-    form: str, folder: Path, tmp_path: Path, calibration: Tensor
-) -> None:
+def test_closed_form_reads_offloaded_weights(form: str, folder: Path, tmp_path: Path, calibration: Tensor) -> None:
     config = pliant.NptConfig.preset(form, rank=6)
     in_memory = AutoModelForCausalLM.from_pretrained(folder)
     model = offloaded(folder, tmp_path)

@@ -48,9 +48,7 @@ def test_forward_backward_and_generation_work_under_lora(
         assert gradient.abs().max() > 0, name
 
 
-def test_base_mode_keeps_the_adapter(
-    form: str, make_base: Callable, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_base_mode_keeps_the_adapter(form: str, make_base: Callable, make_converted: Callable, prompt: Tensor) -> None:
     expected = with_lora(make_base())(prompt).logits
     wrapped = with_lora(make_converted(form))
     with wrapped.get_base_model().base_mode():

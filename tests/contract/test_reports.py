@@ -52,9 +52,7 @@ def test_norms_are_those_of_the_formed_weight_changes(
 
 
 @torch.no_grad()
-def test_writes_are_what_the_layer_adds_to_each_projection(
-    form: str, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_writes_are_what_the_layer_adds_to_each_projection(form: str, make_converted: Callable, prompt: Tensor) -> None:
     """``ΔW_t z = effect``, and the base's own weights plus the changes give the layer's output."""
     model = make_converted(form, "llama_mlp_bias", layers=[1], **OPTIONS.get(form, {}))
     layer, seen = model.model.layers[1], {}
@@ -69,9 +67,7 @@ def test_writes_are_what_the_layer_adds_to_each_projection(
         if name not in writes:
             return getattr(mlp, name)(z)
         change = torch.einsum("btoi,bti->bto", formed(writes[name]), z)
-        torch.testing.assert_close(
-            change, writes[name].effect, rtol=EFFECT_TOLERANCE, atol=EFFECT_TOLERANCE
-        )
+        torch.testing.assert_close(change, writes[name].effect, rtol=EFFECT_TOLERANCE, atol=EFFECT_TOLERANCE)
         return getattr(mlp, name)(z) + change
 
     m = mlp.act_fn(project("gate_proj", x)) * project("up_proj", x)
@@ -87,25 +83,19 @@ def explicit_penalty(kind: str, report: LayerReport) -> Tensor:
             total = total + formed(write).pow(2).sum((-1, -2))
         elif kind == "factors":
             for k in range(write.value.shape[2]):
-                total = (
-                    total + write.value[:, :, k].pow(2).sum(-1) + write.key[:, :, k].pow(2).sum(-1)
-                )
+                total = total + write.value[:, :, k].pow(2).sum(-1) + write.key[:, :, k].pow(2).sum(-1)
         else:
             total = total + write.effect.pow(2).sum(-1)
     return total
 
 
 @pytest.mark.parametrize("kind", ["frobenius", "factors", "effect"])
-def test_regularisers_are_their_formulas(
-    form: str, kind: str, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_regularisers_are_their_formulas(form: str, kind: str, make_converted: Callable, prompt: Tensor) -> None:
     model = make_converted(form, regulariser=kind, **OPTIONS.get(form, {}))
     report = reported(model, prompt, writes=True)
     expected = {i: explicit_penalty(kind, layer) for i, layer in report.layers.items()}
     for index, layer in report.layers.items():
-        torch.testing.assert_close(
-            layer.regulariser, expected[index], rtol=NORM_TOLERANCE, atol=0.0
-        )
+        torch.testing.assert_close(layer.regulariser, expected[index], rtol=NORM_TOLERANCE, atol=0.0)
     values = torch.stack(list(expected.values()))
     torch.testing.assert_close(report.regulariser(), values.mean(), rtol=NORM_TOLERANCE, atol=0.0)
     mask = torch.zeros_like(prompt, dtype=torch.bool)
@@ -123,9 +113,7 @@ def test_regularisers_differ_from_one_another(make_converted: Callable, prompt: 
     assert len({round(value, 3) for value in values}) == 3
 
 
-def test_recording_does_not_move_the_logits(
-    form: str, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_recording_does_not_move_the_logits(form: str, make_converted: Callable, prompt: Tensor) -> None:
     model = make_converted(form)
     expected = model(prompt).logits
     for writes in (False, True):
@@ -161,9 +149,7 @@ def test_backward_of_a_checkpointed_forward_is_not_reported_again(
     assert torch.equal(report.layers[1].norm, expected.layers[1].norm)
 
 
-def test_generation_is_reported_token_by_token(
-    form: str, make_converted: Callable, prompt: Tensor
-) -> None:
+def test_generation_is_reported_token_by_token(form: str, make_converted: Callable, prompt: Tensor) -> None:
     model = make_converted(form)
     with model.report() as report:
         produced = model.generate(prompt, max_new_tokens=4, do_sample=False)

@@ -112,9 +112,7 @@ def test_bf16_output_and_gradients_stay_near_the_fp32_reference(
     assert all(parameter.dtype == torch.float32 for parameter in layer.plastic.parameters())
     assert largest_difference(output, expected) < BF16_OUTPUT_TOLERANCE
     for name, gradient in gradients.items():
-        assert largest_difference(gradient, expected_gradients[name]) < BF16_GRADIENT_TOLERANCE, (
-            name
-        )
+        assert largest_difference(gradient, expected_gradients[name]) < BF16_GRADIENT_TOLERANCE, name
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -26,9 +26,7 @@ class Context:
         return pliant.convert(self.model, *args, **{"calibration": self.tokens, **options})
 
 
-def convert_to(
-    form: str = "v1", options: dict[str, Any] | None = None, **arguments: Any
-) -> Callable:
+def convert_to(form: str = "v1", options: dict[str, Any] | None = None, **arguments: Any) -> Callable:
     return lambda c: c.convert(preset(form, **(options or {})), **arguments)
 
 
@@ -82,35 +80,21 @@ CASES = {
         ConfigError,
         "form | 'keyd' | v1_single | Did you mean 'keyed'?",
     ),
-    "unknown preset": Case(
-        lambda c: preset("outter"), ConfigError, "preset | 'outter' | Did you mean 'outer'?"
-    ),
-    "unknown option": Case(
-        lambda c: preset("v1", rnak=3), ConfigError, "'rnak' | regulariser | Did you mean 'rank'?"
-    ),
-    "rank zero": Case(
-        lambda c: preset("v1", rank=0), ConfigError, "rank | got 0 | 1..d_model | Start with 16"
-    ),
-    "rank in words": Case(
-        lambda c: preset("v1", rank="many"), ConfigError, "rank | 'many' | Start with"
-    ),
+    "unknown preset": Case(lambda c: preset("outter"), ConfigError, "preset | 'outter' | Did you mean 'outer'?"),
+    "unknown option": Case(lambda c: preset("v1", rnak=3), ConfigError, "'rnak' | regulariser | Did you mean 'rank'?"),
+    "rank zero": Case(lambda c: preset("v1", rank=0), ConfigError, "rank | got 0 | 1..d_model | Start with 16"),
+    "rank in words": Case(lambda c: preset("v1", rank="many"), ConfigError, "rank | 'many' | Start with"),
     "automatic rank without closed form": Case(
         lambda c: preset("v2", rank="auto"), ConfigError, "rank='auto' | form='v2' | rank=16"
     ),
-    "energy above one": Case(
-        lambda c: preset("keyed", energy=1.5), ConfigError, "energy | 1.5 | (0, 1] | 0.99"
-    ),
-    "no updates": Case(
-        lambda c: preset("outer", num_updates=0), ConfigError, "num_updates | got 0 | at least 1"
-    ),
+    "energy above one": Case(lambda c: preset("keyed", energy=1.5), ConfigError, "energy | 1.5 | (0, 1] | 0.99"),
+    "no updates": Case(lambda c: preset("outer", num_updates=0), ConfigError, "num_updates | got 0 | at least 1"),
     "unknown regulariser": Case(
         lambda c: preset("v1", regulariser="frobenious"),
         ConfigError,
         "regulariser | 'frobenious' | Did you mean 'frobenius'?",
     ),
-    "unknown targets": Case(
-        lambda c: preset("outer", targets="gates"), ConfigError, "targets | 'gates' | gate_up"
-    ),
+    "unknown targets": Case(lambda c: preset("outer", targets="gates"), ConfigError, "targets | 'gates' | gate_up"),
     "unknown modulation": Case(
         lambda c: preset("v2", modulation="add"), ConfigError, "modulation | 'add' | multiplicative"
     ),
@@ -137,16 +121,12 @@ CASES = {
         ConversionError,
         "rank | 64 | layer 1 | Lower it",
     ),
-    "layer out of range": Case(
-        convert_to(layers=[0, 3]), ConversionError, "layers | got 3 | 0..2 | has 3"
-    ),
+    "layer out of range": Case(convert_to(layers=[0, 3]), ConversionError, "layers | got 3 | 0..2 | has 3"),
     "negative layer": Case(convert_to(layers=[-1]), ConversionError, "layers | got -1 | 0..2"),
     "range out of range": Case(convert_to(layers="1-5"), ConversionError, "layers | '1-5' | 0..2"),
     "no layers": Case(convert_to(layers=[]), ConversionError, "layers | [] | 'all'"),
     "repeated layer": Case(convert_to(layers=[1, 1]), ConversionError, "layers | [1, 1] | once"),
-    "reversed range": Case(
-        convert_to(layers="2-1"), ConversionError, "layers | '2-1' | Write '1-2'"
-    ),
+    "reversed range": Case(convert_to(layers="2-1"), ConversionError, "layers | '2-1' | Write '1-2'"),
     "misspelt selection": Case(
         convert_to(layers="upperhalf"),
         ConversionError,
@@ -157,9 +137,7 @@ CASES = {
         ConfigError,
         "layers | config | Drop one",
     ),
-    "empty map": Case(
-        lambda c: c.convert(layers={}), ConversionError, "layers | empty map | 'all'"
-    ),
+    "empty map": Case(lambda c: c.convert(layers={}), ConversionError, "layers | empty map | 'all'"),
     "map that repeats a layer": Case(
         lambda c: c.convert(layers={"0-1": "v1", "1-2": "v2"}),
         ConversionError,
@@ -239,10 +217,7 @@ def test_error_helps_and_nothing_changes(
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
-@pytest.mark.xfail(strict=True, reason="transformers' own OSError comes through")
-def test_missing_tokenizer_is_named_when_texts_are_to_be_read(
-    make_base: Callable, state_of: Callable
-) -> None:
+def test_missing_tokenizer_is_named_when_texts_are_to_be_read(make_base: Callable, state_of: Callable) -> None:
     model = make_base()
     before = state_of(model)
     with pytest.raises(PliantError, match="tokenizer"):

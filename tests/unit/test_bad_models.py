@@ -37,9 +37,7 @@ def edit_config(folder: Path, **fields: Any) -> None:
 
 
 def gpt2_folder(c: Context) -> None:
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20)).save_pretrained(
-        c.folder / "gpt2"
-    )
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20)).save_pretrained(c.folder / "gpt2")
 
 
 def other_base(c: Context) -> None:
@@ -127,17 +125,13 @@ CASES = {
         CheckpointError,
         "base | config.json | is a file | model directory",
     ),
-    "folder without a model": Case(
-        load("empty"), CheckpointError, "model | empty | config.json", spoil=empty_folder
-    ),
+    "folder without a model": Case(load("empty"), CheckpointError, "model | empty | config.json", spoil=empty_folder),
     "misspelt embedded base": Case(
         lambda c: pliant.load("smolm2-135m"),
         CheckpointError,
         "base | 'smolm2-135m' | Did you mean 'smollm2-135m'?",
     ),
-    "name that is no hub id": Case(
-        lambda c: pliant.load("a model"), CheckpointError, "base | 'a model' | owner/name"
-    ),
+    "name that is no hub id": Case(lambda c: pliant.load("a model"), CheckpointError, "base | 'a model' | owner/name"),
     "hub id out of reach": Case(
         lambda c: pliant.load("nobody/nothing-at-all"),
         CheckpointError,
@@ -178,12 +172,8 @@ CASES = {
         "unexpected keys | model.layers.0.plastic | do not belong together",
         spoil=lambda c: edit_config(c.folder / "full", layers={}),
     ),
-    "broken config.json": Case(
-        load("full"), CheckpointError, "model | full | config.json", spoil=broken_config
-    ),
-    "no weights": Case(
-        load("full"), CheckpointError, "model | full | model.safetensors", spoil=no_weights
-    ),
+    "broken config.json": Case(load("full"), CheckpointError, "model | full | config.json", spoil=broken_config),
+    "no weights": Case(load("full"), CheckpointError, "model | full | model.safetensors", spoil=no_weights),
     "truncated file": Case(
         load("full"),
         CheckpointError,
@@ -211,9 +201,7 @@ CASES = {
         CheckpointError,
         "output_loading_info | delta | Leave it out",
     ),
-    "delta of a dense model": Case(
-        dense_delta, CheckpointError, "delta=True | dense | without delta"
-    ),
+    "delta of a dense model": Case(dense_delta, CheckpointError, "delta=True | dense | without delta"),
     "delta into a full folder": Case(
         save("full", delta=True),
         CheckpointError,
@@ -262,9 +250,7 @@ def assert_refused(context: Context, case: Case, state_of: Callable, files_of: C
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_error_helps_and_nothing_changes(
-    name: str, context: Context, state_of: Callable, files_of: Callable
-) -> None:
+def test_error_helps_and_nothing_changes(name: str, context: Context, state_of: Callable, files_of: Callable) -> None:
     assert_refused(context, CASES[name], state_of, files_of)
 
 
@@ -285,7 +271,5 @@ def test_reentrant_checkpointing_is_refused(
     def call(c: Context) -> None:
         checkpoint_activations(c.model, use_reentrant=True)
 
-    fragments = (
-        "gradient_checkpointing_kwargs.use_reentrant | got True | must be false | Leave it out"
-    )
+    fragments = "gradient_checkpointing_kwargs.use_reentrant | got True | must be false | Leave it out"
     assert_refused(context, Case(call, ConfigError, fragments), state_of, files_of)

@@ -61,16 +61,12 @@ WRONG_TYPES = {
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[str]]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD], env=environment, check=True, capture_output=True, timeout=120
-    )
+    child = subprocess.run([sys.executable, "-c", CHILD], env=environment, check=True, capture_output=True, timeout=120)
     return json.loads(child.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", WRONG_TYPES)
-def test_value_of_a_wrong_type_is_refused_by_name(
-    name: str, outcomes: dict[str, list[str]]
-) -> None:
+def test_value_of_a_wrong_type_is_refused_by_name(name: str, outcomes: dict[str, list[str]]) -> None:
     error, fragments = WRONG_TYPES[name]
     kind, message = outcomes[name]
     assert kind == error, message

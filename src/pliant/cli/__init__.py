@@ -1,5 +1,4 @@
-"""The command ``pliant``, one file a verb; torch is imported by the verbs, so that ``--help`` is
-quick."""
+"""The command ``pliant``, one file a verb; only a verb that runs imports torch."""
 
 from importlib import metadata
 from typing import Annotated
@@ -38,9 +37,7 @@ def _version(wanted: bool) -> bool:
 def _options(
     _: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, help="Show the version and exit."
-        ),
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """Turn a pretrained causal language model into a dynamic one, and measure what it cost.

@@ -25,9 +25,7 @@ HELP = """\
 
 
 def chat(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or smollm2-135m.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or smollm2-135m.")],
     system: Annotated[str | None, typer.Option(help="System message, kept over /reset.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of an answer at most.", rich_help_panel=o.SAMPLING)
@@ -50,8 +48,7 @@ def chat(
     echo "Why is the sky blue?" | pliant chat outputs/keyed --temperature 0
     """
     given = locals()  # every option by its name
-    if top_p is not None and temperature == 0.0:
-        raise typer.BadParameter("needs a --temperature above 0.", param_hint="--top-p")
+    o.check_sampling(temperature, top_p)
     say_step(f"Loading {model}")
     loaded = o.load_model(model, given)
     import torch
@@ -126,9 +123,7 @@ class Conversation:
         ids = encode_chat(self.tokenizer, asked)
         try:
             with self.model.base_mode() if self.as_base else nullcontext():
-                answer = complete(
-                    self.model, self.tokenizer, ids, self.sampling, on_text=show_piece
-                )
+                answer = complete(self.model, self.tokenizer, ids, self.sampling, on_text=show_piece)
         except DataError as error:
             say_error(f"{error} Type /reset to begin anew.")
             return

@@ -1,5 +1,4 @@
-"""What all commands share at the terminal: two consoles, progress, errors as one line, silence of
-others.
+"""What all commands share at the terminal: consoles, progress, errors in one line, silence.
 
 Results go to stdout, everything else (steps, progress, warnings, errors) to stderr, so that
 ``--json`` can be piped.
@@ -35,8 +34,7 @@ INTERRUPTED = 130
 
 
 class CommandGroup(TyperGroup):
-    """Turns errors that pliant raises on purpose, and those of the system, into one line and exit
-    code 1."""
+    """Turns pliant's own errors, and those of the system, into one line and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; Ctrl-C ends it with exit code 130."""
@@ -58,9 +56,7 @@ class CommandGroup(TyperGroup):
 
 def say_error(message: str) -> None:
     """Writes ``error: …`` to stderr as one line, so that it can be searched for."""
-    notes.print(
-        f"error: {' '.join(message.split())}", style="bold red", markup=False, soft_wrap=True
-    )
+    notes.print(f"error: {' '.join(message.split())}", style="bold red", markup=False, soft_wrap=True)
 
 
 def say_step(what: str, why: str = "") -> None:
@@ -75,11 +71,7 @@ class _LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
-        text = (
-            f"{record.levelname.lower()}: {record.getMessage()}"
-            if is_warning
-            else record.getMessage()
-        )
+        text = f"{record.levelname.lower()}: {record.getMessage()}" if is_warning else record.getMessage()
         style = "yellow" if is_warning else "dim"
         notes.print(text, style=style, markup=False, soft_wrap=True)
 
@@ -111,8 +103,7 @@ def library_muted(name: str) -> Iterator[None]:
 
 
 def hush_transformers() -> None:
-    """Silences the progress bars and hints of transformers; call it first in a command that loads
-    something."""
+    """Silences the bars and hints of transformers; call it before anything is loaded."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
@@ -122,8 +113,7 @@ def hush_transformers() -> None:
 
 @contextmanager
 def progress_display() -> Iterator[ProgressCallback]:
-    """Yields a callback for the library's ``progress``: a bar on a terminal, a few lines
-    elsewhere."""
+    """Yields a ``progress`` for the library: bars on a terminal, a few lines elsewhere."""
     if not notes.is_terminal:
         yield PlainProgress()
         return
@@ -178,5 +168,7 @@ def count_text(number: int) -> str:
 
 
 def bytes_text(number: int) -> str:
-    """A size in MiB or GiB."""
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+    """A size in KiB, MiB or GiB."""
+    if number >= 2**30:
+        return f"{number / 2**30:.2f} GiB"
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number / 2**10:.1f} KiB"

@@ -1,5 +1,6 @@
 """``pliant convert``: a base in, a dynamic model directory out."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,21 +17,15 @@ if TYPE_CHECKING:
 
     from pliant.metrics import Comparison
 
-BaseArgument = Annotated[
-    str, typer.Argument(metavar="BASE", help="Model directory, hub id, or smollm2-135m.")
-]
-OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="New or empty folder for the result.")
-]
+BaseArgument = Annotated[str, typer.Argument(metavar="BASE", help="Model directory, hub id, or smollm2-135m.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the result.")]
 CalibrationOption = Annotated[
     Path | None,
     typer.Option(help="UTF-8 text for the start of keyed forms; default: embedded English texts."),
 ]
 CalibrationTokensOption = Annotated[
     int,
-    typer.Option(
-        min=1, help="Tokens of it to read, in windows of 512; the last four are held out."
-    ),
+    typer.Option(min=1, help="Tokens of it to read, in windows of 512; the last four are held out."),
 ]
 DeltaOption = Annotated[
     bool,
@@ -73,10 +68,7 @@ def convert(
     o.fresh_folder(output)
     forms = o.parse_forms(given) or o.default_forms()
     if calibration is not None and not forms.needs_calibration:
-        raise ConfigError(
-            "--calibration is for the keyed forms; the form asked for starts without text. "
-            "Leave it out."
-        )
+        raise ConfigError("--calibration is for the keyed forms; the form asked for starts without text. Leave it out.")
     text = None if calibration is None else _read(calibration)
     say_step(f"Loading {base}")
     model = o.load_model(base, given)
@@ -90,17 +82,14 @@ def convert(
 
 def _describe(forms: o.Forms) -> str:
     return "; ".join(
-        f"layers {selection} to {config.form}, rank {config.rank}"
-        for selection, config in forms.by_selection.items()
+        f"layers {selection} to {config.form}, rank {config.rank}" for selection, config in forms.by_selection.items()
     )
 
 
 def _is_lossy(forms: o.Forms, model: Any) -> bool:
     """Whether a closed form below full rank is asked for: only that reads calibration text."""
     configs = forms.by_selection.values()
-    return any(
-        config.has_closed_form and config.rank != model.config.hidden_size for config in configs
-    )
+    return any(config.has_closed_form and config.rank != model.config.hidden_size for config in configs)
 
 
 def _read(file: Path) -> str:
@@ -133,9 +122,7 @@ def _convert(model: Any, forms: o.Forms, windows: "Tensor | None") -> "Compariso
         return compare_to_base(model, windows[-HELD_OUT_WINDOWS:])
 
 
-def _show(
-    base: str, model: Any, predicted: "Comparison | None", output: Path, *, delta: bool
-) -> None:
+def _show(base: str, model: Any, predicted: "Comparison | None", output: Path, *, delta: bool) -> None:
     """Prints the summary table and the next command to type."""
     added = sum(p.numel() for _, p in model.dynamic_parameters())
     total = model.num_parameters()  # counts what is quantised as if it were not
@@ -156,7 +143,7 @@ def _show(
     table.add_row("saved", f"{output} ({'delta' if delta else 'full model'}, {bytes_text(size)})")
     results.print(table)
     results.print(
-        f'Next:  pliant generate {output} --prompt "The capital of France is" --base',
+        f'Next:  pliant generate {shlex.quote(str(output))} --prompt "The capital of France is" --base',
         markup=False,
         soft_wrap=True,
     )
@@ -172,8 +159,7 @@ def describe_layers(layers: Mapping[int, Any]) -> str:
         else:
             groups.append((config.form, [index], [config.rank]))
     return "; ".join(
-        f"{_span(indices)} {form} rank {_span([min(ranks), max(ranks)], '..')}"
-        for form, indices, ranks in groups
+        f"{_span(indices)} {form} rank {_span([min(ranks), max(ranks)], '..')}" for form, indices, ranks in groups
     )
 
 

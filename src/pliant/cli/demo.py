@@ -29,8 +29,7 @@ PROMPTS = (
 NEW_TOKENS = 32
 WINDOW = 512
 PREDICTION_WINDOWS = 1
-"""Held-out windows on which each conversion predicts its cost; the demo itself measures it
-better."""
+"""Windows on which each conversion predicts its cost: few, as the demo measures it anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +65,11 @@ class Plan:
 def demo(
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", help="Folder for what the demo leaves; its own is overwritten."
-        ),
+        typer.Option("--output", "-o", help="Folder for what the demo leaves; its own is overwritten."),
     ] = Path("outputs/demo"),
-    tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens to measure on, in windows of 512.")
-    ] = 4096,
-    calibration_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to read for the closed form.")
-    ] = 32_768,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer rows, fewer tokens: about a minute.")
-    ] = False,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on, in windows of 512.")] = 4096,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read for the closed form.")] = 32_768,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, fewer tokens: about a minute.")] = False,
 ) -> None:
     """Convert the embedded 135M model on this machine and show what that cost.
 
@@ -140,9 +131,7 @@ def _read(plan: Plan) -> "tuple[AttentionStatistics, Tensor]":
     )
     model = rows.load_base()
     tokenizer = tokenizer_of(model)
-    evaluation = token_windows(
-        documents("validation"), tokenizer, num_tokens=plan.tokens, window=WINDOW
-    )
+    evaluation = token_windows(documents("validation"), tokenizer, num_tokens=plan.tokens, window=WINDOW)
     say_step(
         f"2. Read {plan.calibration_tokens:,} tokens of calibration text, once for all rows",
         "The second moment of each layer's attention output gives the closed-form start of keyed.",
@@ -173,11 +162,7 @@ def _spectra(statistics: "AttentionStatistics") -> dict[int, list[float]]:
 
 
 def _directions(shares: list[float], energy: float = 0.99) -> int:
-    return next(
-        count
-        for count, share in enumerate(shares, start=1)
-        if share >= energy or count == len(shares)
-    )
+    return next(count for count, share in enumerate(shares, start=1) if share >= energy or count == len(shares))
 
 
 def _at_powers_of_two(shares: list[float]) -> dict[int, float]:
@@ -187,8 +172,7 @@ def _at_powers_of_two(shares: list[float]) -> dict[int, float]:
 
 
 def _measure(plan: Plan, statistics: Any, evaluation: "Tensor") -> tuple[Any, list[rows.Measured]]:
-    """Converts and measures every row; returns the model of the row that is kept, and all
-    figures."""
+    """Converts and measures every row; returns the model that is kept, and all figures."""
     from dataclasses import replace
 
     say_step(
@@ -251,9 +235,7 @@ def _reload(outputs: list[dict[str, Any]], plan: Plan, output: Path) -> bool:
     Raises:
         CheckpointError: It is not, or the process failed.
     """
-    say_step(
-        "7. Load both in a new process and generate again", "What was saved is what was measured."
-    )
+    say_step("7. Load both in a new process and generate again", "What was saved is what was measured.")
     for name in (folder.FULL, folder.DELTA):
         command = [sys.executable, "-m", "pliant.cli", "generate", str(output / name), "--json"]
         command += ["--max-new-tokens", str(plan.new_tokens), "--dtype", "bfloat16"]
@@ -261,9 +243,7 @@ def _reload(outputs: list[dict[str, Any]], plan: Plan, output: Path) -> bool:
             command += ["--prompt", prompt]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
-            raise CheckpointError(
-                f"{output / name} could not be loaded in a new process: {run.stderr.strip()}"
-            )
+            raise CheckpointError(f"{output / name} could not be loaded in a new process: {run.stderr.strip()}")
         again = json.loads(run.stdout)["outputs"]
         if [o["token_ids"] for o in again] != [o["token_ids"] for o in outputs]:
             raise CheckpointError(

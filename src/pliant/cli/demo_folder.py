@@ -30,9 +30,7 @@ def clear(output: Path) -> None:
     except json.JSONDecodeError:
         record = None
     if not isinstance(record, dict) or record.get("made_by") != MADE_BY:
-        raise CheckpointError(
-            f"--output {str(output)!r} holds a {RECORD} of something else. Choose another folder."
-        )
+        raise CheckpointError(f"--output {str(output)!r} holds a {RECORD} of something else. Choose another folder.")
     for name in (FULL, DELTA):
         if (output / name).is_dir():
             shutil.rmtree(output / name)
@@ -73,10 +71,7 @@ def hardware() -> dict[str, Any]:
 
 def say_where(output: Path, base: str, seconds: float) -> None:
     """Prints where everything lies, and what to try next."""
-    sizes = {
-        name: bytes_text(sum(file.stat().st_size for file in (output / name).iterdir()))
-        for name in (FULL, DELTA)
-    }
+    sizes = {name: bytes_text(sum(file.stat().st_size for file in (output / name).iterdir())) for name in (FULL, DELTA)}
     lines = (
         f"Done in {seconds:.0f} s. In {output}:",
         f"  {FIGURE}   what the rank costs, and why",

@@ -126,9 +126,7 @@ def measure(
             calibration=statistics,
             progress=progress,
         )
-    compared = compare_to_base(
-        model, tokens, progress=lambda _, done, total: progress(row.name, done, total)
-    )
+    compared = compare_to_base(model, tokens, progress=lambda _, done, total: progress(row.name, done, total))
     added = sum(parameter.numel() for _, parameter in model.dynamic_parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     return model, Measured(
@@ -145,10 +143,7 @@ def measure(
 
 def table_of(rows: list[Measured]) -> Table:
     """Returns the demo's one table."""
-    table = Table(
-        title="What conversion costs before any training "
-        f"(base perplexity {rows[0].base_perplexity:.2f})"
-    )
+    table = Table(title=f"What conversion costs before any training (base perplexity {rows[0].base_perplexity:.2f})")
     table.add_column("form")
     for column in ("added", "of base", "perplexity", "× base", "same top 1", "KL, nats"):
         table.add_column(column, justify="right")

@@ -13,21 +13,15 @@ from pliant.cli import options as o
 from pliant.cli.console import results, say_step
 
 if TYPE_CHECKING:
-    from pliant.cli.generation import Completion, OnText, Sampling
+    from pliant.cli.generation import Completion, Listener, Sampling
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or smollm2-135m.")
-]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or smollm2-135m.")]
 PromptOption = Annotated[
     list[str] | None,
     typer.Option("--prompt", "-p", help="Text to continue; may be given several times."),
 ]
-PromptFileOption = Annotated[
-    Path | None, typer.Option("--prompt-file", help="UTF-8 text file with one prompt a line.")
-]
-MaxNewTokensOption = Annotated[
-    int, typer.Option(min=1, help="Tokens to write at most.", rich_help_panel=o.SAMPLING)
-]
+PromptFileOption = Annotated[Path | None, typer.Option("--prompt-file", help="UTF-8 text file with one prompt a line.")]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens to write at most.", rich_help_panel=o.SAMPLING)]
 ChatOption = Annotated[
     bool,
     typer.Option(
@@ -35,12 +29,8 @@ ChatOption = Annotated[
         help="Ask through the chat template, in place of continuing the text.",
     ),
 ]
-BaseOption = Annotated[
-    bool, typer.Option("--base", help="Show the text of the unconverted base beside it.")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print texts and tokens as JSON, without streaming.")
-]
+BaseOption = Annotated[bool, typer.Option("--base", help="Show the text of the unconverted base beside it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print texts and tokens as JSON, without streaming.")]
 
 
 def generate(
@@ -70,8 +60,7 @@ def generate(
     """
     given = locals()  # every option by its name
     prompts = _prompts(prompt, prompt_file)
-    if top_p is not None and temperature == 0.0:
-        raise typer.BadParameter("needs a --temperature above 0.", param_hint="--top-p")
+    o.check_sampling(temperature, top_p)
     if not as_json:
         say_step(f"Loading {model}")
     loaded = o.load_model(model, given)
@@ -103,9 +92,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
 class Writer:
     """A loaded model and how it is to continue prompts."""
 
-    def __init__(
-        self, model: Any, sampling: "Sampling", *, chat: bool = False, seed: int | None = None
-    ) -> None:
+    def __init__(self, model: Any, sampling: "Sampling", *, chat: bool = False, seed: int | None = None) -> None:
         from pliant.cli.generation import tokenizer_of
 
         self.model = model
@@ -114,9 +101,8 @@ class Writer:
         self.chat = chat
         self.seed = seed
 
-    def write(self, prompt: str, *, on_text: "OnText | None" = None) -> "Completion":
-        """Continues one prompt; every prompt starts from the seed, so that their order does not
-        matter."""
+    def write(self, prompt: str, *, on_text: "Listener | None" = None) -> "Completion":
+        """Continues one prompt; each starts from the seed, whatever came before it."""
         import torch
 
         from pliant.cli.generation import complete, encode, encode_chat

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from pliant.errors import ConfigError, DataError
 
 Message = dict[str, str]
-OnText = Callable[[str], None]
+Listener = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,6 @@ class Sampling:
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.top_p is not None and self.temperature == 0.0:
-            raise ConfigError(
-                "--top-p needs a --temperature above 0; got 0, which takes the likeliest token."
-            )
 
     def options(self) -> dict[str, Any]:
         """Returns the keywords of ``generate``; nothing is left to the model's own defaults."""
@@ -53,7 +47,7 @@ class Completion:
 class _Streamer(TextStreamer):
     """Hands each finished piece of text on, in place of printing it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Listener) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_text = on_text
 
@@ -80,18 +74,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Int[Tensor, "1 to
     return torch.tensor([ids])
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> Int[Tensor, "1 tokens"]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Int[Tensor, "1 tokens"]:
     """Returns the tokens of a conversation, up to where the assistant's next answer begins."""
     if tokenizer.chat_template is None:
         raise ConfigError(
             "the model's tokenizer has no chat template. Use 'pliant generate' without --chat, "
             "or a base that was trained for chat."
         )
-    encoded: Any = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=True
-    )
+    encoded: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     return torch.tensor([encoded["input_ids"]])
 
 
@@ -102,7 +92,7 @@ def complete(
     ids: Int[Tensor, "1 tokens"],
     sampling: Sampling,
     *,
-    on_text: OnText | None = None,
+    on_text: Listener | None = None,
 ) -> Completion:
     """Continues ``ids`` until the end-of-sequence token or the limit; ``on_text`` gets the text as
     it comes.
@@ -112,10 +102,7 @@ def complete(
     """
     longest = model.config.max_position_embeddings
     if ids.shape[1] >= longest:
-        raise DataError(
-            f"a prompt must be shorter than the model's {longest} positions; "
-            f"got {ids.shape[1]} tokens."
-        )
+        raise DataError(f"a prompt must be shorter than the model's {longest} positions; got {ids.shape[1]} tokens.")
     end = tokenizer.eos_token_id
     padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = ids.to(model.device)

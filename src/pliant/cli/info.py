@@ -59,9 +59,7 @@ def info(
     wanted = _wanted(model, config, forms)
     from pliant.conversion.summary import summarise
 
-    summaries = {
-        name: summarise(config, chosen, context=context) for name, chosen in wanted.items()
-    }
+    summaries = {name: summarise(config, chosen, context=context) for name, chosen in wanted.items()}
     if as_json:
         typer.echo(json.dumps(_as_json(model, summaries), indent=2))
     else:
@@ -81,14 +79,11 @@ def _config(name: str) -> "PreTrainedConfig":
         return AutoConfig.from_pretrained(path)
     except OSError as error:
         raise CheckpointError(
-            f"model {name!r} must be a model directory, a reachable hub id or a shape "
-            f"({', '.join(SHAPES)}): {error}"
+            f"model {name!r} must be a model directory, a reachable hub id or a shape ({', '.join(SHAPES)}): {error}"
         ) from error
 
 
-def _wanted(
-    name: str, config: "PreTrainedConfig", forms: o.Forms | None
-) -> dict[str, dict[int, "NptConfig"]]:
+def _wanted(name: str, config: "PreTrainedConfig", forms: o.Forms | None) -> dict[str, dict[int, "NptConfig"]]:
     """Returns what to count: label → the form of each layer."""
     from pliant.architectures import NptConfig
     from pliant.architectures.npt.config import FORMS
@@ -97,8 +92,7 @@ def _wanted(
     own: Any = PliantSpec.of(config).layers
     if own and forms is not None:
         raise ConfigError(
-            f"{name!r} is converted already ({describe_layers(own)}). "
-            "Leave the form options out, or name its base."
+            f"{name!r} is converted already ({describe_layers(own)}). Leave the form options out, or name its base."
         )
     if own:
         return {"as saved": dict(own)}
@@ -109,10 +103,7 @@ def _wanted(
     for form, chosen in presets.items():
         if chosen.rank != "auto" and chosen.rank > config.hidden_size:
             presets[form] = chosen.with_rank(config.hidden_size)
-    return {
-        form: dict.fromkeys(range(config.num_hidden_layers), chosen)
-        for form, chosen in presets.items()
-    }
+    return {form: dict.fromkeys(range(config.num_hidden_layers), chosen) for form, chosen in presets.items()}
 
 
 def _as_json(name: str, summaries: dict[str, "Summary"]) -> dict[str, Any]:

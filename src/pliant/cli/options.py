@@ -65,18 +65,12 @@ AllocationOption = Annotated[
         "keyed, given rank: uniform (default), or sensitivity, which spreads it over layers.",
     ),
 ]
-TiedOption = Annotated[
-    bool, _form("--tied", "keyed: one factor for both directions, half the parameters.")
-]
-ModulationOption = Annotated[
-    str | None, _form("--modulation", "v2: additive, multiplicative or both (default).")
-]
+TiedOption = Annotated[bool, _form("--tied", "keyed: one factor for both directions, half the parameters.")]
+ModulationOption = Annotated[str | None, _form("--modulation", "v2: additive, multiplicative or both (default).")]
 TargetsOption = Annotated[
     str | None, _form("--targets", "outer: projections to rewrite, gate (default), gate_up or all.")
 ]
-UpdatesOption = Annotated[
-    int | None, _form("--num-updates", "outer: rank-1 updates per projection, 1 by default.")
-]
+UpdatesOption = Annotated[int | None, _form("--num-updates", "outer: rank-1 updates per projection, 1 by default.")]
 RegulariserOption = Annotated[
     str | None,
     _form("--regulariser", "Penalty for training: frobenius (default), factors or effect."),
@@ -95,14 +89,10 @@ MapOption = Annotated[
         "Several forms at once, in place of the options above: 0-9=v1,10-29=keyed:192 (form:rank).",
     ),
 ]
-DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", help="auto is the checkpoint's own.", rich_help_panel=LOADING)
-]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="auto is the checkpoint's own.", rich_help_panel=LOADING)]
 DeviceMapOption = Annotated[
     str | None,
-    typer.Option(
-        "--device-map", help="auto, cpu, cuda:0, …; default: the CPU.", rich_help_panel=LOADING
-    ),
+    typer.Option("--device-map", help="auto, cpu, cuda:0, …; default: the CPU.", rich_help_panel=LOADING),
 ]
 QuantizationOption = Annotated[
     Quantization,
@@ -110,9 +100,7 @@ QuantizationOption = Annotated[
 ]
 AttentionOption = Annotated[
     str | None,
-    typer.Option(
-        "--attn-implementation", help="sdpa, eager, flash_attention_2, …", rich_help_panel=LOADING
-    ),
+    typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2, …", rich_help_panel=LOADING),
 ]
 TemperatureOption = Annotated[
     float,
@@ -128,15 +116,12 @@ TopPOption = Annotated[
         rich_help_panel=SAMPLING,
     ),
 ]
-SeedOption = Annotated[
-    int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=SAMPLING)
-]
+SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=SAMPLING)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forms:
-    """Which form each layer is to take, as asked for: selections such as ``"0-9"`` and their
-    configurations."""
+    """The forms asked for: selections of layers such as ``"0-9"``, and their configurations."""
 
     by_selection: Mapping[str, "NptConfig"]
 
@@ -153,9 +138,7 @@ class Forms:
         for selection, config in self.by_selection.items():
             for index in select_layers(selection, num_layers):
                 if index in resolved:
-                    raise ConfigError(
-                        f"--map must name each layer once; {selection!r} repeats layer {index}."
-                    )
+                    raise ConfigError(f"--map must name each layer once; {selection!r} repeats layer {index}.")
                 resolved[index] = config
         return resolved
 
@@ -202,9 +185,7 @@ def parse_rank(text: str) -> int | str:
     if text == "auto":
         return text
     if not text.isdecimal():
-        raise typer.BadParameter(
-            f"must be auto or an integer in 1..d_model; got {text!r}.", param_hint="--rank"
-        )
+        raise typer.BadParameter(f"must be auto or an integer in 1..d_model; got {text!r}.", param_hint="--rank")
     return int(text)
 
 
@@ -233,6 +214,12 @@ def parse_map(text: str) -> dict[str, "NptConfig"]:
     return forms
 
 
+def check_sampling(temperature: float, top_p: float | None) -> None:
+    """Refuses a nucleus that would have no effect."""
+    if top_p is not None and temperature == 0.0:
+        raise typer.BadParameter("needs a --temperature above 0.", param_hint="--top-p")
+
+
 def load_model(name: str, given: Mapping[str, Any]) -> Any:
     """Loads a model as the loading options say.
 
@@ -244,9 +231,7 @@ def load_model(name: str, given: Mapping[str, Any]) -> Any:
     hush_transformers()
     from pliant.models import load
 
-    options = {
-        key: given[key] for key in ("device_map", "attn_implementation") if given[key] is not None
-    }
+    options = {key: given[key] for key in ("device_map", "attn_implementation") if given[key] is not None}
     if given["quantization"] is not Quantization.NONE:
         options["quantization_config"] = _quantization_config(given["quantization"])
     return load(name, dtype=given["dtype"].value, **options).eval()
@@ -280,13 +265,10 @@ def fresh_folder(path: Path, option: str = "--output") -> Path:
         CheckpointError: It is a file, or a folder with something in it.
     """
     if path.is_file():
-        raise CheckpointError(
-            f"{option} must be a folder; {str(path)!r} is a file. Choose another name."
-        )
+        raise CheckpointError(f"{option} must be a folder; {str(path)!r} is a file. Choose another name.")
     if path.is_dir() and (there := sorted(entry.name for entry in path.iterdir())):
         shown = ", ".join(there[:SHOWN_FILES]) + (", …" if len(there) > SHOWN_FILES else "")
         raise CheckpointError(
-            f"{option} must be a new or an empty folder; {str(path)!r} holds {shown}. "
-            "Choose another, or empty it."
+            f"{option} must be a new or an empty folder; {str(path)!r} holds {shown}. Choose another, or empty it."
         )
     return path

@@ -20,6 +20,7 @@ from pliant.architectures import NptConfig
 from pliant.conversion.closed_form import Spectrum
 from pliant.statistics import Progress, base_mode
 
+CHUNK = 128
 MIN_RANK = 8
 ROUNDS = 2
 
@@ -40,9 +41,7 @@ def settle_ranks(
         tokens: Text to measure sensitivities on.
         progress: Called after each window.
     """
-    ranks = {
-        i: spectra[i].rank_for(c.energy) if c.rank == "auto" else int(c.rank) for i, c in configs.items()
-    }
+    ranks = {i: spectra[i].rank_for(c.energy) if c.rank == "auto" else int(c.rank) for i, c in configs.items()}
     shared = {i: ranks[i] for i, c in configs.items() if c.allocation == "sensitivity"}
     budget = sum(shared.values())
     for _ in range(ROUNDS if len(shared) > 1 else 0):
@@ -94,14 +93,24 @@ def _gate_gradient(
     model: PreTrainedModel, bases: Mapping[int, Tensor], gates: Tensor, window: Int[Tensor, "1 window"]
 ) -> Tensor:
     with torch.no_grad():
-        target = model(window, use_cache=False).logits[0].log_softmax(-1)
+        target = model.model(window, use_cache=False).last_hidden_state[0]
     with torch.enable_grad(), ExitStack() as stack:
         for index, vectors in bases.items():
             for handle in _truncate(model.model.layers[index], vectors, gates[index]):
                 stack.callback(handle.remove)
-        log_p = model(window, use_cache=False).logits[0].log_softmax(-1)
-        kl = functional.kl_div(log_p, target, reduction="sum", log_target=True)
-        return torch.autograd.grad(kl, gates)[0]
+        hidden = model.model(window, use_cache=False).last_hidden_state[0]
+        by_hidden = torch.cat(
+            [_kl_gradient(model.lm_head, *part) for part in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)]
+        )
+        return torch.autograd.grad(hidden, gates, by_hidden)[0]
+
+
+def _kl_gradient(lm_head: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
+    """``∂ Σ_t KL(base ‖ truncated)/∂hidden`` of a few tokens: the logits of a whole window never exist at once."""
+    leaf = hidden.detach().requires_grad_()
+    log_p = lm_head(leaf).float().log_softmax(-1)
+    base_log_p = lm_head(target).float().log_softmax(-1).detach()
+    return torch.autograd.grad(functional.kl_div(log_p, base_log_p, reduction="sum", log_target=True), leaf)[0]
 
 
 def _truncate(layer: nn.Module, vectors: Tensor, gate: Tensor) -> list[Any]:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.architectures import NptConfig
 from pliant.conversion.allocation import settle_ranks
 from pliant.conversion.closed_form import fill, spectrum
 from pliant.data import calibration_tokens, token_windows
-from pliant.errors import ConfigError, ConversionError
+from pliant.errors import ConfigError, ConversionError, DataError
 from pliant.metrics import compare_to_base
 from pliant.models import DynamicCausalLM, Family, Layers, PliantSpec, family_of, select_layers
 from pliant.models.graft import install
@@ -64,7 +64,10 @@ def convert(
     bases = _closed_form_bases(model, wanted, statistics, progress)
     spec = PliantSpec.of(model.config)
     settled = {i: c.with_rank(bases[i].shape[1]) if i in bases else c for i, c in wanted.items()}
-    base = spec.base or {"name": model.config._name_or_path or None, "revision": getattr(model.config, "_commit_hash", None)}
+    base = spec.base or {
+        "name": model.config._name_or_path or None,
+        "revision": getattr(model.config, "_commit_hash", None),
+    }
     install(model, family.causal_lm, PliantSpec(architecture="npt", layers={**spec.layers, **settled}, base=base))
     for index, vectors in bases.items():
         fill(model.model.layers[index], vectors)
@@ -147,12 +150,22 @@ def _statistics(
             raise ConfigError(f"calibration must have a moment for every layer; layer {missing[0]} has none.")
         return calibration
     if not isinstance(calibration, Tensor):
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        tokenizer = _tokenizer(model.config._name_or_path)
         if calibration is None:
             calibration = calibration_tokens(tokenizer, num_tokens=CALIBRATION_TOKENS)
         else:
             calibration = token_windows(calibration, tokenizer, num_tokens=CALIBRATION_TOKENS)
     return attention_statistics(model, calibration, layers=needing, progress=progress)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"calibration text needs the model's tokenizer; {name!r} has none that can be read ({error}). "
+            "Give calibration=<token windows> instead."
+        ) from error
 
 
 def _closed_form_bases(

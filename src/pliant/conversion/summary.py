@@ -1,5 +1,4 @@
-"""What a conversion adds, counted before any weight is there: the classes are built on the meta
-device."""
+"""What a conversion adds, counted without weights: the classes are built on the meta device."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,8 +16,7 @@ from pliant.models.graft import with_spec
 BF16_BYTES = 2
 FP32_BYTES = 4
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""Bits a weight with double quantisation: one 8-bit scale per 64 weights, one fp32 scale per 256 of
-those."""
+"""Bits a weight, double quantised: an 8-bit scale per 64, and an fp32 scale per 256 of those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +103,7 @@ class Summary:
         }
 
 
-def summarise(
-    config: PreTrainedConfig, layers: Mapping[int, NptConfig], *, context: int = 2048
-) -> Summary:
+def summarise(config: PreTrainedConfig, layers: Mapping[int, NptConfig], *, context: int = 2048) -> Summary:
     """Counts what converting ``layers`` of the base that ``config`` describes adds; no weights are
     needed.
 
@@ -123,9 +119,7 @@ def summarise(
     """
     family = family_of(config)
     _check(layers, config.num_hidden_layers, config.hidden_size)
-    widest: dict[int, Any] = {
-        i: c.with_rank(config.hidden_size) if c.rank == "auto" else c for i, c in layers.items()
-    }
+    widest: dict[int, Any] = {i: c.with_rank(config.hidden_size) if c.rank == "auto" else c for i, c in layers.items()}
     spec = PliantSpec(architecture="npt", layers=widest) if layers else PliantSpec()
     with torch.device("meta"):
         model = family.causal_lm(with_spec(config, family.config, spec))
@@ -135,13 +129,10 @@ def summarise(
 def _check(layers: Mapping[int, NptConfig], num_layers: int, d_model: int) -> None:
     for index, layer in layers.items():
         if not 0 <= index < num_layers:
-            raise ConversionError(
-                f"layers must be in 0..{num_layers - 1} (num_hidden_layers); got {index}."
-            )
+            raise ConversionError(f"layers must be in 0..{num_layers - 1} (num_hidden_layers); got {index}.")
         if isinstance(layer.rank, int) and layer.rank > d_model:
             raise ConversionError(
-                f"rank must be in 1..{d_model} (d_model); got {layer.rank} for layer {index}. "
-                "Lower it."
+                f"rank must be in 1..{d_model} (d_model); got {layer.rank} for layer {index}. Lower it."
             )
 
 
@@ -150,9 +141,7 @@ def _count(model: Any, family: str, layers: Mapping[int, NptConfig], context: in
     added = {id(parameter) for _, parameter in model.dynamic_parameters()}
     base_parameters = sum(p.numel() for p in model.parameters() if id(p) not in added)
     quantised = sum(linear.weight.numel() for linear in _linears(model.model))
-    attention = sum(
-        4 * context * block.self_attn.q_proj.out_features for block in model.model.layers
-    )
+    attention = sum(4 * context * block.self_attn.q_proj.out_features for block in model.model.layers)
     return Summary(
         family=family,
         num_layers=config.num_hidden_layers,
@@ -187,7 +176,5 @@ def _flops(layer: NptLayer) -> int:
     if layer.layer_config.form == "outer":
         for name in layer.layer_config.target_names:
             d_out, d_in = getattr(layer.mlp, name).weight.shape
-            flops += (
-                2 * layer.layer_config.num_updates * (d_in + d_out)
-            )  # key · z, then value times that
+            flops += 2 * layer.layer_config.num_updates * (d_in + d_out)  # key · z, then value times that
     return flops

@@ -1,7 +1,8 @@
 """Texts and the tokens made from them."""
 
+from pliant.data.calibration import calibration_tokens
 from pliant.data.embedded import EMBEDDED_SOURCES, EmbeddedSource, documents
-from pliant.data.text import calibration_tokens, read_text, token_windows
+from pliant.data.text import read_text, token_windows
 
 __all__ = [
     "EMBEDDED_SOURCES",

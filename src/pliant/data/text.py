@@ -9,7 +9,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pliant.data.embedded import documents
 from pliant.errors import ConfigError, DataError
 
 
@@ -56,18 +55,6 @@ def token_windows(
     )
 
 
-def calibration_tokens(
-    tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 32_768, window: int = 512
-) -> Int[Tensor, "windows window"]:
-    """Return windows of the embedded training texts, the same ones on every call.
-
-    Raises:
-        DataError: the embedded texts are not installed (the message says how to get them) or
-            hold fewer than `num_tokens` tokens.
-    """
-    return token_windows(documents("train"), tokenizer, num_tokens=num_tokens, window=window)
-
-
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read a UTF-8 text file.
 
@@ -82,8 +69,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"text file {str(file)!r} must be UTF-8; byte {error.start} is not "
-            f"({error.reason}). Convert it first."
+            f"text file {str(file)!r} must be UTF-8; byte {error.start} is not ({error.reason}). Convert it first."
         ) from error
     if not text.strip():
         raise DataError(f"text file {str(file)!r} must hold some text; it is empty")

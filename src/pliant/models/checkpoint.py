@@ -169,7 +169,8 @@ def load_strictly(from_pretrained: Callable[..., Any], name: str | os.PathLike, 
 
 def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **options: Any) -> PreTrainedModel:
     """Loads the base that ``name`` records (or ``options["base"]``), converts it, and fills in the delta."""
-    config = options.pop("config", None) or cls.config_class.from_pretrained(name)
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    config = options.pop("config", None) or cls.config_class.from_pretrained(name, **hub)
     if options.pop("output_loading_info", False):
         raise CheckpointError("output_loading_info is not available for a delta checkpoint. Leave it out.")
     for own in ("revision", "subfolder"):  # of the delta, not of its base
@@ -182,14 +183,14 @@ def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **opti
     path = resolve_base(base)
     if Path(path).resolve() == Path(name).resolve():
         raise CheckpointError(f"base must be another model than the delta itself; got {base!r} for {name}.")
-    hub = {"revision": revision} if (revision := spec.base.get("revision")) else {}
-    base_config = AutoConfig.from_pretrained(path, **hub)
+    pinned = {"revision": revision} if (revision := spec.base.get("revision")) else {}
+    base_config = AutoConfig.from_pretrained(path, **pinned)
     if base_config.model_type.removeprefix("pliant_") != cls.config_class.model_type.removeprefix("pliant_"):
         raise CheckpointError(
             f"base must be of type {cls.base_config_class.model_type}; got {base!r}, which is {base_config.model_type}."
         )
     dense = with_spec(base_config, cls.config_class, PliantSpec(base=spec.base))
-    model = cls.from_pretrained(path, *args, config=dense, **hub, **options)
+    model = cls.from_pretrained(path, *args, config=dense, **pinned, **options)
     current, saved = fingerprint(model), tensors.pop(FINGERPRINT_KEY)
     if not same_base(saved, current, same_dtype=metadata.get("base_dtype") == str(model.dtype)):
         raise CheckpointError(
@@ -208,7 +209,9 @@ def _read_delta(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = reader.metadata() or {}
             tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise CheckpointError(f"{file} must be a whole safetensors file; reading failed: {error}. Save it again.") from error
+        raise CheckpointError(
+            f"{file} must be a whole safetensors file; reading failed: {error}. Save it again."
+        ) from error
     if metadata.get("format_version") != str(FORMAT_VERSION) or FINGERPRINT_KEY not in tensors:
         raise CheckpointError(
             f"{file} must be a pliant delta of format {FORMAT_VERSION}; got format "

@@ -83,9 +83,7 @@ class DynamicCausalLM(_StartValues):
         converted = self.dynamic_layers
         wanted = converted if layers == "all" else select_layers(layers, self.config.num_hidden_layers)
         if missing := [index for index in wanted if index not in converted]:
-            raise ConfigError(
-                f"layers must be converted ones ({list(converted)}); got {missing}. Convert them first."
-            )
+            raise ConfigError(f"layers must be converted ones ({list(converted)}); got {missing}. Convert them first.")
         for index in wanted:
             converted[index].active = active
 

@@ -69,7 +69,9 @@ def _make_family(name: str) -> Family:
         mixin = ARCHITECTURES[architecture].layer
         if mixin is None:
             return base_layer
-        return _publish(type("Layer", (mixin, base_layer), {}), f"{mixin.__name__.removesuffix('Layer')}{prefix}DecoderLayer")
+        return _publish(
+            type("Layer", (mixin, base_layer), {}), f"{mixin.__name__.removesuffix('Layer')}{prefix}DecoderLayer"
+        )
 
     blocks = [layer(architecture).__name__ for architecture in ARCHITECTURES]
 

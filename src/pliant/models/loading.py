@@ -42,7 +42,9 @@ def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
             config = with_spec(config, family.config, PliantSpec(base=base))
         return family.causal_lm.from_pretrained(path, config=config, dtype=dtype, **options)
     except OSError as error:
-        raise CheckpointError(f"model {str(name)!r} must be a model directory or a reachable hub id: {error}") from error
+        raise CheckpointError(
+            f"model {str(name)!r} must be a model directory or a reachable hub id: {error}"
+        ) from error
     except ImportError as error:
         if attention is None or not attention.startswith("flash"):
             raise

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pliant.architectures import LayerReport
+from pliant.errors import ConfigError
 
 
 @dataclass
@@ -24,20 +25,26 @@ class ModelReport:
         return self.forwards[-1] if self.forwards else {}
 
     def norms(self) -> dict[int, Float[Tensor, "batch seq"]]:
-        """``‖ΔW_t‖_F`` per layer for every token, the forwards joined along the sequence."""
-        if not self.forwards:
-            return {}
-        return {i: torch.cat([forward[i].norm for forward in self.forwards], dim=1) for i in self.layers}
+        """``‖ΔW_t‖_F`` for every token, the forwards joined along the sequence; layers active in all of them."""
+        layers = [i for i in self.layers if all(i in forward for forward in self.forwards)]
+        return {i: torch.cat([forward[i].norm for forward in self.forwards], dim=1) for i in layers}
 
     def regulariser(self, mask: Bool[Tensor, "batch seq"] | None = None) -> Float[Tensor, ""]:
         """Mean penalty of the last forward: over layers, and over the tokens that ``mask`` keeps."""
-        values = torch.stack([report.regulariser for report in self.layers.values()])  # (L, B, T)
+        penalties = [report.regulariser for report in self.layers.values()]
+        values = torch.stack([penalty.to(penalties[0].device) for penalty in penalties])  # (L, B, T)
         return values.mean() if mask is None else values[:, mask].mean()
 
 
 @contextmanager
 def record(inner: nn.Module, layers: Mapping[int, Any], detail: str) -> Iterator[ModelReport]:
-    """Turns recording on in ``layers``, collects after each forward of ``inner``, and turns it off again."""
+    """Turns recording on in ``layers``, collects after each forward of ``inner``, and turns it off again.
+
+    Raises:
+        ConfigError: A recording is under way; a layer keeps one report.
+    """
+    if any(layer.recording for layer in layers.values()):
+        raise ConfigError("report() must not be nested; one is under way. Use the outer block's report.")
     report = ModelReport()
 
     def collect(_module: nn.Module, _args: Sequence[Any], _output: Any) -> None:

@@ -107,9 +107,7 @@ def test_targets_name_projections(targets: str, names: tuple[str, ...]):
 def test_option_of_one_form_is_refused_by_every_other(option: str, value: Any, owner: str):
     assert getattr(NptConfig.preset(owner, **{option: value}), option) == value
     for form in set(FORMS) - {owner}:
-        with pytest.raises(
-            ConfigError, match=rf"{option}={value!r} .*form {owner}.*got form='{form}'"
-        ):
+        with pytest.raises(ConfigError, match=rf"{option}={value!r} .*form {owner}.*got form='{form}'"):
             NptConfig.preset(form, **{option: value})
 
 
@@ -122,9 +120,7 @@ def test_options_of_the_closed_form_are_refused_by_forms_without(option: str, va
 
 @pytest.mark.parametrize("rank", [0, -1, True, "wide", "16"])
 def test_rank_is_auto_or_a_positive_integer(rank: Any):
-    with pytest.raises(
-        ConfigError, match=r"rank must be 'auto' or an integer in 1\.\.d_model; got"
-    ):
+    with pytest.raises(ConfigError, match=r"rank must be 'auto' or an integer in 1\.\.d_model; got"):
         NptConfig.preset("keyed", rank=rank)
 
 

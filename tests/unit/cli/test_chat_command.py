@@ -16,9 +16,7 @@ def talk(run, tmp_path):
 
     def call(model, *lines, options=()):
         file = tmp_path / f"talk{len(list(tmp_path.glob('talk*')))}.json"
-        result = run(
-            "chat", model, *GREEDY, *options, stdin="\n".join([*lines, f"/save {file}"]) + "\n"
-        )
+        result = run("chat", model, *GREEDY, *options, stdin="\n".join([*lines, f"/save {file}"]) + "\n")
         return result, json.loads(file.read_text(encoding="utf-8"))
 
     return call

@@ -99,9 +99,7 @@ def test_a_terminal_gets_one_bar_a_label(monkeypatch):
         assert [task.completed for task in show.bars.tasks] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("number", "text"), [(950, "950"), (134_515_008, "134.5 M"), (2_600_000_000, "2.6 G")]
-)
+@pytest.mark.parametrize(("number", "text"), [(950, "950"), (134_515_008, "134.5 M"), (2_600_000_000, "2.6 G")])
 def test_counts_are_readable(number, text):
     assert console.count_text(number) == text
 
@@ -109,3 +107,4 @@ def test_counts_are_readable(number, text):
 def test_bytes_are_readable():
     assert console.bytes_text(2**30) == "1.00 GiB"
     assert console.bytes_text(3 * 2**19) == "1.5 MiB"
+    assert console.bytes_text(512) == "0.5 KiB"

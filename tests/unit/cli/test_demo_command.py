@@ -81,9 +81,7 @@ def test_figure_is_drawn(tmp_path, ranks):
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
-@pytest.mark.parametrize(
-    ("shares", "count"), [([0.5, 0.995, 1.0], 2), ([1.0], 1), ([0.2, 0.98], 2)]
-)
+@pytest.mark.parametrize(("shares", "count"), [([0.5, 0.995, 1.0], 2), ([1.0], 1), ([0.2, 0.98], 2)])
 def test_directions_for_99_percent(shares, count):
     assert _directions(shares) == count
 

@@ -77,9 +77,7 @@ def test_a_tiny_nucleus_is_greedy(run, tiny):
 
 def test_chat_applies_the_template(run, tiny):
     plain, chat = generate(run, tiny)[0], generate(run, tiny, "--chat")[0]
-    literal = json.loads(
-        run("generate", tiny, "--json", "--prompt", f"<user>{PROMPT}\n<assistant>").stdout
-    )
+    literal = json.loads(run("generate", tiny, "--json", "--prompt", f"<user>{PROMPT}\n<assistant>").stdout)
     assert chat["token_ids"] == literal["outputs"][0]["token_ids"]
     assert chat["token_ids"] != plain["token_ids"]
 

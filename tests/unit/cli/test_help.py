@@ -55,4 +55,4 @@ def test_no_arguments_show_the_commands(run):
 
 
 def test_unknown_command_is_a_usage_error(run):
-    assert "convert" in run("convrt", exit_code=2).stderr
+    assert "convert" in run("converts", exit_code=2).stderr

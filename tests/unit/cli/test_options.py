@@ -9,9 +9,7 @@ from pliant.architectures import NptConfig
 from pliant.cli import options
 from pliant.errors import CheckpointError, ConfigError
 
-NOTHING = dict.fromkeys((*options.FORM_FIELDS, "preset", "rank", "layers", "mapping")) | {
-    "tied": False
-}
+NOTHING = dict.fromkeys((*options.FORM_FIELDS, "preset", "rank", "layers", "mapping")) | {"tied": False}
 
 
 def parse(**given):
@@ -46,9 +44,7 @@ def test_a_bad_map_is_a_usage_error(mapping, message):
         parse(mapping=mapping)
 
 
-@pytest.mark.parametrize(
-    "other", [{"preset": "v1"}, {"rank": "4"}, {"layers": "0"}, {"tied": True}, {"energy": 0.9}]
-)
+@pytest.mark.parametrize("other", [{"preset": "v1"}, {"rank": "4"}, {"layers": "0"}, {"tied": True}, {"energy": 0.9}])
 def test_a_map_stands_alone(other):
     with pytest.raises(typer.BadParameter, match="leave out the other"):
         parse(mapping="0=v1", **other)
@@ -89,9 +85,7 @@ def test_quantisation_without_bitsandbytes_names_it(monkeypatch):
 def test_quantisation_is_passed_on(monkeypatch, kind, bits):
     pytest.importorskip("bitsandbytes")
     asked = {}
-    monkeypatch.setattr(
-        "pliant.models.load", lambda name, **given: asked.update(given) or FakeModel()
-    )
+    monkeypatch.setattr("pliant.models.load", lambda name, **given: asked.update(given) or FakeModel())
     given = {
         "dtype": options.Dtype.BFLOAT16,
         "device_map": "cpu",

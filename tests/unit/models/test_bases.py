@@ -77,9 +77,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def start_child(log: Path, seconds: float) -> subprocess.Popen[str]:
     script = CHILD.format(log=str(log), seconds=seconds)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def working_folders(cache: Path) -> list[Path]:
@@ -106,16 +104,12 @@ def test_existing_directory_stays_itself(tmp_path, monkeypatch):
     assert bases.resolve_base("~/owner") == str(tmp_path / "owner")
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2", "meta-llama/Llama-3.2-1B", "distilgpt2", "a/smollm2-135m"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.2-1B", "distilgpt2", "a/smollm2-135m"])
 def test_hub_ids_pass_through(name):
     assert bases.resolve_base(name) == name
 
 
-@pytest.mark.parametrize(
-    "name", ["./missing", "../missing", "/missing", "~/missing", "a/b/c", "runs/", "C:\\m", ""]
-)
+@pytest.mark.parametrize("name", ["./missing", "../missing", "/missing", "~/missing", "a/b/c", "runs/", "C:\\m", ""])
 def test_missing_path_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="hub id") as caught:
@@ -273,9 +267,7 @@ def test_real_conversion_equals_the_gguf_model(cache):
     chat = [{"role": "user", "content": "Where is Zürich?\n  And why?"}]
     assert tokenizer.chat_template
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert prompt == original_tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_dict=False
-    )
+    assert prompt == original_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     text = "It isn ' t ▁ so , Zürich !\n  ½ 12345"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")

@@ -102,18 +102,14 @@ def test_another_format_is_refused(version: Any):
 
 
 def test_unknown_architecture_is_refused_with_a_suggestion():
-    with pytest.raises(
-        CheckpointError, match=r"one of dense, npt.*got 'ntp'\. Did you mean 'npt'\?"
-    ):
+    with pytest.raises(CheckpointError, match=r"one of dense, npt.*got 'ntp'\. Did you mean 'npt'\?"):
         PliantSpec.of(entry(architecture="ntp"))
 
 
 @pytest.mark.parametrize("index", ["3", "-1"])
 def test_layer_outside_the_model_is_refused(index: str):
     layers = {index: {"form": "v1", "rank": 4}}
-    with pytest.raises(
-        CheckpointError, match=rf"must be in 0\.\.2 \(num_hidden_layers\); got {index}\."
-    ):
+    with pytest.raises(CheckpointError, match=rf"must be in 0\.\.2 \(num_hidden_layers\); got {index}\."):
         PliantSpec.of(entry(layers=layers))
 
 

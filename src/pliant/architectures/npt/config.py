@@ -148,9 +148,7 @@ class NptConfig:
         """Returns ``form``, ``rank`` and every other field that differs from its default."""
         defaults = {f.name: f.default for f in fields(self)}
         return {
-            name: value
-            for name, value in asdict(self).items()
-            if name in ("form", "rank") or value != defaults[name]
+            name: value for name, value in asdict(self).items() if name in ("form", "rank") or value != defaults[name]
         }
 
     def with_rank(self, rank: int) -> "NptConfig":

@@ -84,8 +84,7 @@ class GateModulation(Modulation):
 
     def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Tensor]:
         changes = {
-            part: self.apply_factor(f"{part}_up", self.apply_factor(f"{part}_down", attention))
-            for part in self.parts
+            part: self.apply_factor(f"{part}_up", self.apply_factor(f"{part}_down", attention)) for part in self.parts
         }
         if "mult" in changes:
             changes["mult"] = torch.tanh(changes["mult"])

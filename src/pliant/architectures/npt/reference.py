@@ -24,9 +24,7 @@ def reference_output(
     form = REFERENCES[layer.layer_config.form]
     rows = []
     for h_row, a_row in zip(h, a, strict=True):
-        rows.append(
-            torch.stack([form(layer, h_t, a_t) for h_t, a_t in zip(h_row, a_row, strict=True)])
-        )
+        rows.append(torch.stack([form(layer, h_t, a_t) for h_t, a_t in zip(h_row, a_row, strict=True)]))
     return torch.stack(rows)
 
 
@@ -72,9 +70,7 @@ def outer(layer: NptLayer, h: Vector, a: Vector) -> Vector:
     """``h + MLP′(x)``, with ``W′ = W + Σ_k v_b^k ⊗ v_a^k`` for every targeted projection."""
     mlp = layer.mlp
     x = layer.post_attention_layernorm(h)
-    gate, up, down = (
-        outer_weight(layer, name, a) for name in ("gate_proj", "up_proj", "down_proj")
-    )
+    gate, up, down = (outer_weight(layer, name, a) for name in ("gate_proj", "up_proj", "down_proj"))
     m = mlp.act_fn(affine(gate, mlp.gate_proj.bias, x)) * affine(up, mlp.up_proj.bias, x)
     return h + affine(down, mlp.down_proj.bias, m)
 
@@ -90,9 +86,7 @@ def outer_weight(layer: NptLayer, name: str, a: Vector) -> Float[Tensor, "d_out 
     keys = factor(layer, f"{name}_key", a) @ bottleneck
     if config.key_bias:
         keys = keys + factor(layer, f"{name}_key_bias", a)
-    for value, key in zip(
-        values.chunk(config.num_updates), keys.chunk(config.num_updates), strict=True
-    ):
+    for value, key in zip(values.chunk(config.num_updates), keys.chunk(config.num_updates), strict=True):
         weight = weight + torch.outer(value, key)
     return weight
 
