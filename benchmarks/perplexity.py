@@ -1,8 +1,8 @@
 """Claim: what the closed form loses, by rank, allocation and form, as perplexity over the base's.
 
-Protocol: the first 12,288 tokens of a text in windows of 512, token-weighted, fp32; the ratio is to the unconverted base
-in the same run. With --text, a local file such as the WikiText-2 test file; without, the embedded validation texts. With
---calibration, a local file to calibrate on; without, the embedded training texts.
+Protocol: the first 12,288 tokens of a text in windows of 512, token-weighted, fp32; the ratio is to the unconverted
+base in the same run. With --text, a local file such as the WikiText-2 test file; without, the embedded validation
+texts. With --calibration, a local file to calibrate on; without, the default calibration text.
 
 Usage: python benchmarks/perplexity.py --name wikitext2 --text wikitext-2/test.txt
 """
@@ -45,7 +45,7 @@ ROWS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="embedded", help="of the result file, perplexity-NAME.json")
-    parser.add_argument("--text", type=Path)
+    parser.add_argument("--text", type=Path)  # noted in the result as given
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
@@ -89,8 +89,8 @@ def main() -> None:
         f"perplexity-{arguments.name}",
         {
             "environment": environment(),
-            "evaluation": f"{arguments.text.name if arguments.text else 'embedded validation'}, {tokens.numel()} tokens",
-            "calibration": f"{arguments.calibration.name if arguments.calibration else 'embedded'}, {amount} tokens",
+            "evaluation": f"{arguments.text or 'embedded validation'}, {tokens.numel()} tokens",
+            "calibration": f"{arguments.calibration or 'embedded'}, {amount} tokens",
             "base_perplexity": base_perplexity,
             "rows": rows,
         },

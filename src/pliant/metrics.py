@@ -11,9 +11,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pliant.errors import DataError
+from pliant.models import DynamicCausalLM
 from pliant.statistics import Progress
 
-LOGITS_CHUNK = 256
+LOGITS_CHUNK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def perplexity(
 
 @torch.no_grad()
 def compare_to_base(
-    model: PreTrainedModel, tokens: Int[Tensor, "windows window"], *, progress: Progress | None = None
+    model: DynamicCausalLM, tokens: Int[Tensor, "windows window"], *, progress: Progress | None = None
 ) -> Comparison:
     """Measures a dynamic model and its base, window by window, on the same tokens.
 

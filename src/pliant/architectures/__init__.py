@@ -1,6 +1,6 @@
 """What a dynamic layer computes: plain torch, no knowledge of training or of checkpoints."""
 
-from pliant.architectures.base import AddedModule, Architecture, LayerReport, Write
+from pliant.architectures.base import AddedModule, Architecture, LayerReport, Write, added_parameters
 from pliant.architectures.npt import NptConfig, NptLayer
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -16,4 +16,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 
-__all__ = ["ARCHITECTURES", "AddedModule", "Architecture", "LayerReport", "NptConfig", "NptLayer", "Write"]
+__all__ = [
+    "ARCHITECTURES",
+    "AddedModule",
+    "Architecture",
+    "LayerReport",
+    "NptConfig",
+    "NptLayer",
+    "Write",
+    "added_parameters",
+]

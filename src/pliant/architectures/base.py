@@ -1,7 +1,7 @@
 """What every dynamic architecture has in common: its record in the table, and the report of a layer."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class AddedModule(nn.Module):
-    """A module that conversion adds to a base: the Hugging Face edge starts it, keeps it in fp32 and saves it in deltas."""
+    """A module that conversion adds: the Hugging Face edge starts it, keeps it in fp32 and saves it in deltas."""
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Gives every parameter its start value.
@@ -22,6 +22,13 @@ class AddedModule(nn.Module):
         raise NotImplementedError
 
 
+def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields name and value of every parameter of ``model`` that conversion added."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, AddedModule):
+            yield from module.named_parameters(prefix=prefix, recurse=False)
+
+
 @runtime_checkable
 class LayerConfig(Protocol):
     """Configuration of one dynamic layer; serialised into ``config.json``."""
@@ -31,7 +38,7 @@ class LayerConfig(Protocol):
         ...
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "LayerConfig":
+    def from_dict(cls, fields: Mapping[str, Any], /) -> "LayerConfig":
         """Builds the configuration that :meth:`to_dict` described."""
         ...
 

@@ -200,7 +200,7 @@ def _draw(measured: list[rows.Measured], energy: dict[int, list[float]], output:
             is_uniform=figures.row.options.get("allocation", "uniform") == "uniform",
         )
         for figures in measured
-        if figures.row.preset == "keyed"
+        if figures.row.preset == "keyed" and "tied" not in figures.row.options
     ]
     draw(points, energy, output / folder.FIGURE)
 

@@ -29,7 +29,7 @@ class Row:
     @property
     def name(self) -> str:
         """``keyed, rank 128``, with any other option behind it."""
-        rest = "".join(f", {value}" for key, value in self.options.items() if key != "rank")
+        rest = "".join(f", {key if value is True else value}" for key, value in self.options.items() if key != "rank")
         return f"{self.preset}, rank {self.options['rank']}{rest}"
 
 
@@ -49,6 +49,11 @@ ROWS: tuple[Row, ...] = (
         is_kept=True,
     ),
     Row(preset="keyed", options={"rank": 256}, why="four ninths: closer still"),
+    Row(
+        preset="keyed",
+        options={"rank": 256, "tied": True, "allocation": "sensitivity"},
+        why="the parameters of rank 128: one factor stored, its ranks spread",
+    ),
     Row(
         preset="v1",
         options={"rank": 16},

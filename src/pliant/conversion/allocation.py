@@ -1,9 +1,9 @@
 """How many of its leading directions each layer carries, when the layers share one budget.
 
 Truncating layer l at rank r_l loses ``a − P a``, P the projection on its r_l leading directions. Let a gate g_l give
-that loss back, ``P a + g_l (a − P a)``. With every layer truncated, ``−∂KL/∂g_l`` at g = 0 is what the layer's loss costs in
-``KL(base ‖ truncated)``; divided by the energy lost it is the layer's price w_l of a unit of energy. The ranks then go to
-the directions of largest ``w_l λ_{l,i}`` over all layers.
+that loss back, ``P a + g_l (a − P a)``. With every layer truncated, ``−∂KL/∂g_l`` at g = 0 is what the layer's loss
+costs in ``KL(base ‖ truncated)``; divided by the energy lost it is the layer's price w_l of a unit of energy. The ranks
+then go to the directions of largest ``w_l λ_{l,i}`` over all layers.
 """
 
 from collections.abc import Mapping
@@ -16,49 +16,49 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from pliant.architectures import NptConfig
 from pliant.conversion.closed_form import Spectrum
 from pliant.statistics import Progress, base_mode
 
-CHUNK = 128
+CHUNK = 32
 MIN_RANK = 8
 ROUNDS = 2
 
 
-def settle_ranks(
+def share_ranks(
     model: PreTrainedModel,
-    configs: Mapping[int, NptConfig],
+    ranks: Mapping[int, int],
     spectra: Mapping[int, Spectrum],
     tokens: Int[Tensor, "windows window"],
     progress: Progress | None = None,
 ) -> dict[int, int]:
-    """Returns the rank of every layer: as given, by retained energy, or from a budget shared by sensitivity.
+    """Returns the ranks that a budget, the sum of ``ranks``, gives to layers that share it by sensitivity.
 
     Args:
         model: The base, or a converted model; it is run in base mode.
-        configs: Layers with a closed form.
+        ranks: Of each layer to begin with, below d_model.
         spectra: Of the same layers.
         tokens: Text to measure sensitivities on.
         progress: Called after each window.
     """
-    ranks = {i: spectra[i].rank_for(c.energy) if c.rank == "auto" else int(c.rank) for i, c in configs.items()}
-    shared = {i: ranks[i] for i, c in configs.items() if c.allocation == "sensitivity"}
-    budget = sum(shared.values())
-    for _ in range(ROUNDS if len(shared) > 1 else 0):
-        bases = {i: spectra[i].vectors[:, :rank] for i, rank in shared.items()}
-        costs = truncation_costs(model, bases, tokens, progress)
+    shared, budget = dict(ranks), sum(ranks.values())
+    for _ in range(ROUNDS):
+        costs = truncation_costs(model, {i: spectra[i].leading(r) for i, r in shared.items()}, tokens, progress)
         prices = {i: costs[i] / spectra[i].values[rank:].sum().item() for i, rank in shared.items()}
         shared = share_budget(prices, {i: spectra[i].values for i in shared}, budget)
-    return {**ranks, **shared}
+    return shared
 
 
 def share_budget(
     prices: Mapping[int, float], values: Mapping[int, Float[Tensor, " d_model"]], budget: int
 ) -> dict[int, int]:
-    """Gives the ranks of a budget to the directions of largest ``w_l λ_{l,i}``, at least eight to each layer."""
+    """Gives the ranks of a budget to the directions of largest ``w_l λ_{l,i}``.
+
+    Each layer gets at least eight, and never all, so that there is a loss to price in the next round.
+    """
     layers = list(prices)
-    worth = torch.stack([values[i] * max(prices[i], 0.0) for i in layers])  # (L, d)
+    worth = torch.stack([values[i].clamp_min(0.0) * max(prices[i], 0.0) for i in layers])  # (L, d)
     worth[:, : min(MIN_RANK, budget // len(layers))] = torch.inf
+    worth[:, -1] = -torch.inf
     chosen = worth.flatten().topk(budget).indices
     counts = torch.bincount(chosen // worth.shape[1], minlength=len(layers))
     return dict(zip(layers, counts.tolist(), strict=True))
@@ -126,4 +126,4 @@ def _truncate(layer: nn.Module, vectors: Tensor, gate: Tensor) -> list[Any]:
         lost = a - (a @ kept) @ kept.T
         return output - (1 - gate.to(a.dtype)) * lost
 
-    return [layer.self_attn.register_forward_hook(remember), layer.register_forward_hook(take_away)]
+    return [layer.get_submodule("self_attn").register_forward_hook(remember), layer.register_forward_hook(take_away)]

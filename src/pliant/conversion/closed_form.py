@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pliant.architectures import NptLayer
+from pliant.architectures.npt.modulation import CarryModulation, PreCarryModulation
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
@@ -17,6 +20,10 @@ class Spectrum:
 
     values: Float[Tensor, " d_model"]
     vectors: Float[Tensor, "d_model d_model"]
+
+    def leading(self, rank: int) -> Float[Tensor, "d_model rank"]:
+        """Returns ``V_r``, the eigenvectors of the ``rank`` largest eigenvalues."""
+        return self.vectors[:, :rank].contiguous()
 
     def rank_for(self, energy: float) -> int:
         """Returns the smallest rank whose eigenvalues hold ``energy`` of the whole."""
@@ -36,31 +43,32 @@ def spectrum(moment: Float[Tensor, "d_model d_model"]) -> Spectrum:
 
 
 @torch.no_grad()
-def fill(layer: nn.Module, vectors: Float[Tensor, "d_model rank"]) -> None:
+def fill(layer: NptLayer, vectors: Float[Tensor, "d_model rank"]) -> None:
     """Writes the closed form of ``keyed`` or ``keyed_pre`` into a converted layer: ``U = V_r``, ``D = V_rᵀ``.
 
     ``keyed_pre`` also takes ``B = W diag(γ) V_r`` for gate and up, read through the projections themselves.
     """
     plastic = layer.plastic
+    assert isinstance(plastic, CarryModulation | PreCarryModulation)
     vectors = vectors.to(plastic.down.device)
     plastic.down.copy_(vectors.T)
     if not layer.layer_config.tied:
         plastic.up.copy_(vectors)
-    if layer.layer_config.form == "keyed_pre":
+    if isinstance(plastic, PreCarryModulation):
         # Contiguous: bitsandbytes' 4-bit kernel for the CPU misreads other layouts without a word.
-        rows = (vectors.T * norm_weight(layer)).to(compute_dtype(layer)).contiguous()  # (r, d)
+        rows = (vectors.T * norm_weight(layer, vectors.device)).to(compute_dtype(layer)).contiguous()  # (r, d)
         plastic.up_gate.copy_(linear_part(layer.mlp.gate_proj, rows).T)
         plastic.up_up.copy_(linear_part(layer.mlp.up_proj, rows).T)
 
 
-def norm_weight(layer: nn.Module) -> Float[Tensor, " d_model"]:
+def norm_weight(layer: NptLayer, device: torch.device) -> Float[Tensor, " d_model"]:
     """γ of the norm before the MLP, read by calling it, which works where the weight is offloaded too."""
     norm = layer.post_attention_layernorm
-    ones = torch.ones(1, layer.plastic.down.shape[1], device=layer.plastic.down.device)
+    ones = torch.ones(1, *norm.weight.shape, device=device)
     return norm(ones)[0].float() * math.sqrt(1.0 + norm.variance_epsilon)
 
 
-def compute_dtype(layer: nn.Module) -> torch.dtype:
+def compute_dtype(layer: NptLayer) -> torch.dtype:
     """The dtype that the layer computes in; projections may be quantised, norms are not."""
     return layer.input_layernorm.weight.dtype
 

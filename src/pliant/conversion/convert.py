@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.architectures import NptConfig
-from pliant.conversion.allocation import settle_ranks
+from pliant.conversion.allocation import share_ranks
 from pliant.conversion.closed_form import fill, spectrum
 from pliant.data import calibration_tokens, token_windows
 from pliant.errors import ConfigError, ConversionError, DataError
@@ -34,7 +34,7 @@ def convert(
     layers: Layers | LayerMap = "all",
     calibration: Calibration | None = None,
     progress: Progress | None = None,
-) -> PreTrainedModel:
+) -> DynamicCausalLM:
     """Makes layers of a causal LM plastic, in place, and returns the same object.
 
     ``keyed`` and ``keyed_pre`` below full rank start from the closed form ``U = V_r``, ``D = V_rᵀ`` with V_r the
@@ -62,6 +62,8 @@ def convert(
     _check_layers(model, wanted)
     statistics = _statistics(model, wanted, calibration, progress)
     bases = _closed_form_bases(model, wanted, statistics, progress)
+    held_out = None if statistics is None else statistics.held_out
+    del statistics  # as large as the new parameters
     spec = PliantSpec.of(model.config)
     settled = {i: c.with_rank(bases[i].shape[1]) if i in bases else c for i, c in wanted.items()}
     base = spec.base or {
@@ -69,10 +71,12 @@ def convert(
         "revision": getattr(model.config, "_commit_hash", None),
     }
     install(model, family.causal_lm, PliantSpec(architecture="npt", layers={**spec.layers, **settled}, base=base))
-    for index, vectors in bases.items():
-        fill(model.model.layers[index], vectors)
-    if statistics is not None:
-        _warn_if_lossy(model, statistics, progress)
+    assert isinstance(model, DynamicCausalLM)
+    for index in settled:
+        if index in bases:
+            fill(model.model.layers[index], bases.pop(index))
+    if held_out is not None:
+        _warn_if_lossy(model, held_out, progress)
     return model
 
 
@@ -178,18 +182,25 @@ def _closed_form_bases(
     d_model = model.config.hidden_size
     closed = {i: c for i, c in wanted.items() if c.has_closed_form}
     bases = {i: torch.eye(d_model) for i, c in closed.items() if c.rank == d_model}
-    if statistics is not None:
-        truncated = {i: c for i, c in closed.items() if i not in bases}
-        spectra = {i: spectrum(statistics.moments[i]) for i in truncated}
-        ranks = settle_ranks(model, truncated, spectra, statistics.sample, progress)
-        bases |= {i: spectra[i].vectors[:, :rank].contiguous() for i, rank in ranks.items()}
+    if statistics is None:
+        return bases
+    shared = {i: c for i, c in closed.items() if i not in bases and c.allocation == "sensitivity"}
+    for index, config in closed.items():
+        if index not in bases and index not in shared:
+            modes = spectrum(statistics.moments[index])
+            bases[index] = modes.leading(
+                modes.rank_for(config.energy) if config.rank == "auto" else config.settled_rank
+            )
+    if shared:
+        spectra = {i: spectrum(statistics.moments[i]) for i in shared}
+        ranks = share_ranks(model, {i: c.settled_rank for i, c in shared.items()}, spectra, statistics.sample, progress)
+        bases |= {i: spectra[i].leading(rank) for i, rank in ranks.items()}
     return bases
 
 
-def _warn_if_lossy(model: PreTrainedModel, statistics: AttentionStatistics, progress: Progress | None) -> None:
-    assert isinstance(model, DynamicCausalLM)
-    predicted = compare_to_base(model, statistics.held_out, progress=progress)
-    logger.info("predicted perplexity ratio %.3f on %d held-out tokens", predicted.ratio, statistics.held_out.numel())
+def _warn_if_lossy(model: DynamicCausalLM, held_out: Tensor, progress: Progress | None) -> None:
+    predicted = compare_to_base(model, held_out, progress=progress)
+    logger.info("predicted perplexity ratio %.3f on %d held-out tokens", predicted.ratio, held_out.numel())
     if predicted.ratio > WARNING_RATIO:
         logger.warning(
             "converted: perplexity is %.2f times the base's on held-out calibration text (above %.1f). Train the "

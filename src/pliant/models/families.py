@@ -40,7 +40,7 @@ class Family:
     base_causal_lm: type[PreTrainedModel]
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
-    causal_lm: type[PreTrainedModel]
+    causal_lm: type[DynamicCausalLM]
     layer: Callable[[str], type[nn.Module]]
 
 

@@ -4,6 +4,8 @@ The pliant class is built on the meta device, takes over the base's own child mo
 attributes to the caller's object. Every object that held weights, hooks or quantised state before holds them after.
 """
 
+from typing import Any
+
 import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
@@ -20,7 +22,8 @@ HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward", "forward")
 def with_spec(config: PreTrainedConfig, config_class: type[PreTrainedConfig], spec: PliantSpec) -> PreTrainedConfig:
     """Returns ``config`` as the pliant configuration of its family, carrying ``spec``."""
     fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "pliant", "quantization_config")}
-    new = config_class(**fields, pliant=spec.to_dict())
+    fields["pliant"] = spec.to_dict()
+    new = config_class(**fields)
     for name in ("_name_or_path", "_commit_hash", "_attn_implementation", "quantization_config"):
         if name in vars(config) or name == "_attn_implementation":
             setattr(new, name, getattr(config, name))
@@ -35,6 +38,7 @@ def install(model: PreTrainedModel, target: type[PreTrainedModel], spec: PliantS
         target: The pliant causal LM class of the model's family.
         spec: Architecture, layers and base.
     """
+    assert target.config_class is not None
     config = with_spec(model.config, target.config_class, spec)
     with torch.device("meta"):
         skeleton = target(config)
@@ -47,7 +51,7 @@ def install(model: PreTrainedModel, target: type[PreTrainedModel], spec: PliantS
     old_config = {id(model.config), id(inner.config)}
     for module in (model, *model.modules()):
         if id(vars(module).get("config")) in old_config:
-            module.config = config
+            vars(module)["config"] = config
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
@@ -63,9 +67,8 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
         else:
             setattr(new, name, getattr(old, name))
     for name, value in vars(old).items():
-        if not name.startswith("_") or name == "_gradient_checkpointing_func":
-            if name not in HOOK_ATTRIBUTES:
-                setattr(new, name, value)
+        if (not name.startswith("_") or name == "_gradient_checkpointing_func") and name not in HOOK_ATTRIBUTES:
+            setattr(new, name, value)
     new.train(old.training)
     if hook is not None:
         add_hook_to_module(new, hook)
@@ -74,7 +77,7 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
 
 def _device_of(layer: nn.Module) -> torch.device:
     """Where a layer computes, also when its weights are offloaded."""
-    norm = layer.input_layernorm
+    norm: Any = layer.input_layernorm
     if norm.weight.device.type != "meta":
         return norm.weight.device
     return torch.device(norm._hf_hook.execution_device)

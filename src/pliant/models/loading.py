@@ -4,10 +4,11 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from pliant.errors import CheckpointError, ConfigError
 from pliant.models.bases import EMBEDDED, resolve_base
+from pliant.models.dynamic import DynamicCausalLM
 from pliant.models.families import family_of
 from pliant.models.graft import with_spec
 from pliant.models.spec import PliantSpec
@@ -15,7 +16,7 @@ from pliant.models.spec import PliantSpec
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
-def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
+def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **options: Any) -> DynamicCausalLM:
     """Loads a base or a pliant checkpoint as a pliant model: ``dense`` if it was never converted.
 
     Args:

@@ -56,7 +56,12 @@ class PliantSpec:
             for index, layer in entry.get("layers", {}).items()
             if config_class is not None
         }
-        for index in layers:
+        for index, layer in layers.items():
+            if getattr(layer, "rank", None) == "auto":
+                raise CheckpointError(
+                    f"pliant.layers.{index}.rank must be a number in a saved model; got 'auto'. config.json was edited: "
+                    "put the rank of the saved factors there."
+                )
             if not 0 <= index < config.num_hidden_layers:
                 raise CheckpointError(
                     f"pliant.layers must be in 0..{config.num_hidden_layers - 1} (num_hidden_layers); got {index}. "

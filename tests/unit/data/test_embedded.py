@@ -63,7 +63,7 @@ def test_unknown_split_is_refused():
 
 
 def test_sources_are_mixed_in_proportion_without_duplicates(two_sources):
-    texts = [text for text, _ in embedded._interleaved(two_sources)]
+    texts = [text for text, _ in embedded._interleaved(two_sources, list(embedded.EMBEDDED_SOURCES))]
     assert len(texts) == len({text.casefold() for text in texts}) == 80
     for length in range(8, 81, 8):
         assert Counter(text[:5] for text in texts[:length])["small"] == length // 4
@@ -71,7 +71,9 @@ def test_sources_are_mixed_in_proportion_without_duplicates(two_sources):
 
 def test_splits_make_up_the_whole(two_sources):
     train, validation = list(documents("train")), list(documents("validation"))
-    assert sorted(train + validation) == sorted(t for t, _ in embedded._interleaved(two_sources))
+    assert sorted(train + validation) == sorted(
+        t for t, _ in embedded._interleaved(two_sources, list(embedded.EMBEDDED_SOURCES))
+    )
 
 
 def test_digest_ignores_case_spaces_and_unicode_form():
@@ -146,3 +148,15 @@ def test_installed_splits_are_disjoint_and_counted():
     assert not {*map(embedded._digest, train)} & {*map(embedded._digest, validation)}
     assert len(train) + len(validation) == sum(source.documents for source in EMBEDDED_SOURCES)
     assert 0.04 < len(validation) / len(train) < 0.06
+
+
+@pytest.mark.usefixtures("two_sources")
+def test_named_sources_yield_only_their_own():
+    texts = list(documents(sources=["small"]))
+    assert texts
+    assert all(text.startswith("small:") for text in texts)
+
+
+def test_unknown_source_is_refused():
+    with pytest.raises(ConfigError, match=r"sources must be among boolq.*got 'bookq'"):
+        documents(sources=["bookq"])

@@ -156,6 +156,12 @@ class NptConfig:
         return replace(self, rank=rank, allocation="uniform", energy=0.99)
 
     @property
+    def settled_rank(self) -> int:
+        """``rank`` as a number, which calibration has settled before a layer is built."""
+        assert isinstance(self.rank, int)
+        return self.rank
+
+    @property
     def has_closed_form(self) -> bool:
         """Whether calibration text gives this form its start."""
         return self.form in CLOSED_FORMS

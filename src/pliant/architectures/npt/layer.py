@@ -5,6 +5,7 @@ are called as modules, never by their weight, so that quantised, offloaded and L
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ class NptLayer(nn.Module):
         recording: ``None``, ``"norms"`` or ``"writes"``: what the next forward leaves in ``layer_report``.
     """
 
+    # What the family's own layer brings.
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
     def __init__(self, config: Any, layer_idx: int, layer_config: NptConfig) -> None:
         super().__init__(config, layer_idx)
         self.layer_config = layer_config
@@ -42,11 +49,21 @@ class NptLayer(nn.Module):
         attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         return COMPOSE[self.layer_config.form](self, hidden_states, attention)
 
+    def gate(self, plain: Float[Tensor, "batch seq d_ffn"], a: Hidden, z: Hidden) -> Float[Tensor, "batch seq d_ffn"]:
+        """``plain ⊙ (1 + mult) + add``, the changes read from a; ``plain`` is the gate at z."""
+        changes = self.plastic(a)
+        gate = torch.addcmul(plain, plain, changes["mult"]) if "mult" in changes else plain
+        if "add" in changes:
+            gate = changes["add"].add_(gate)  # in its own memory: a third tensor of this size costs more than the sum
+        if self.recording:
+            self.report({"gate_proj": smallest_write(gate - plain, z)})
+        return gate
+
     def report(self, writes: dict[str, Write]) -> None:
         """Leaves the report of this forward in ``layer_report``; a no-op unless ``recording``."""
         if self.recording is None:
             return
-        norm_squared = sum(frobenius_squared(write) for write in writes.values())
+        norm_squared = reduce(torch.add, (frobenius_squared(write) for write in writes.values()))
         self.layer_report = LayerReport(
             norm=norm_squared.detach().clamp_min(0.0).sqrt(),
             regulariser=penalty(self.layer_config.regulariser, writes, norm_squared),
@@ -72,14 +89,8 @@ def v2(layer: NptLayer, h: Hidden, a: Hidden) -> Hidden:
 def gate_form(layer: NptLayer, residual: Hidden, z: Hidden, a: Hidden) -> Hidden:
     """``residual + MLP(z)`` with the gate's pre-activation changed by what ``plastic`` reads from a."""
     mlp = layer.mlp
-    changes = layer.plastic(a)
-    plain = mlp.gate_proj(z)
-    gate = torch.addcmul(plain, plain, changes["mult"]) if "mult" in changes else plain
-    gate = gate + changes["add"] if "add" in changes else gate
-    update = mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(z))
-    if layer.recording:
-        layer.report({"gate_proj": smallest_write(gate - plain, z)})
-    return residual + update
+    gate = layer.gate(mlp.gate_proj(z), a, z)
+    return residual + mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(z))
 
 
 def outer(layer: NptLayer, h: Hidden, a: Hidden) -> Hidden:
@@ -188,5 +199,5 @@ def penalty(kind: str, writes: dict[str, Write], norm_squared: Tensor) -> Float[
     if kind == "frobenius":
         return norm_squared
     if kind == "factors":
-        return sum(w.value.pow(2).sum((-1, -2)) + w.key.pow(2).sum((-1, -2)) for w in writes.values())
-    return sum(w.effect.pow(2).sum(-1) for w in writes.values())
+        return reduce(torch.add, (w.value.pow(2).sum((-1, -2)) + w.key.pow(2).sum((-1, -2)) for w in writes.values()))
+    return reduce(torch.add, (w.effect.pow(2).sum(-1) for w in writes.values()))

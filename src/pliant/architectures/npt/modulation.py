@@ -6,16 +6,18 @@ an ``nn.Linear`` would be quantised together with the base.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pliant.architectures.base import AddedModule
 from pliant.architectures.npt.config import NptConfig
 
+FEW_TOKENS = 16
 GATE_PARTS = {"additive": ("add",), "multiplicative": ("mult",), "both": ("add", "mult")}
 
 
@@ -27,40 +29,21 @@ def parameter(*shape: int) -> nn.Parameter:
 class Modulation(AddedModule):
     """Base of the maps below."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._converted: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
-
     def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Any]:
-        """Returns the named changes of every token."""
+        """Returns the named changes of every token, in the dtype of ``attention``."""
         raise NotImplementedError
-
-    def factor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Returns the parameter ``name`` in ``dtype``.
-
-        In inference the converted copy is kept: at one token a step, converting costs as much as multiplying. A
-        forward with gradients drops it, since fused optimisers change parameters without a trace; so does a change
-        of mode, device or dtype. Distributed runs, whose parameters are gathered anew each time, keep none.
-        """
-        value = getattr(self, name)
-        if torch.is_grad_enabled():
-            self._converted.clear()
-            return value.to(dtype)
-        if value.dtype == dtype or torch.compiler.is_compiling() or _is_distributed() or value.is_inference():
-            return value.to(dtype)
-        key = (value._version, value.data_ptr(), value.device, dtype)
-        if name not in self._converted or self._converted[name][0] != key:
-            self._converted[name] = (key, value.to(dtype))
-        return self._converted[name][1]
-
-    def train(self, mode: bool = True) -> "Modulation":
-        """Sets the mode and drops the converted copies."""
-        self._converted.clear()
-        return super().train(mode)
 
     def apply_factor(self, name: str, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """``W x`` for each token, W the parameter ``name`` in the dtype of ``x``."""
-        return functional.linear(x, self.factor(name, x.dtype))
+        return functional.linear(x, getattr(self, name).to(x.dtype))
+
+
+def working_copy(attention: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+    """``a`` in the dtype to multiply in: fp32 for a few tokens, where converting the factors would cost more than using
+    them, and the dtype of ``a`` for many.
+    """
+    few = attention.shape[0] * attention.shape[1] <= FEW_TOKENS
+    return attention.float() if few else attention
 
 
 class GateModulation(Modulation):
@@ -73,8 +56,8 @@ class GateModulation(Modulation):
         super().__init__()
         self.parts = GATE_PARTS[config.modulation] if config.form == "v2" else ("add",)
         for part in self.parts:
-            self.register_parameter(f"{part}_down", parameter(config.rank, d_model))
-            self.register_parameter(f"{part}_up", parameter(d_ffn, config.rank))
+            self.register_parameter(f"{part}_down", parameter(config.settled_rank, d_model))
+            self.register_parameter(f"{part}_up", parameter(d_ffn, config.settled_rank))
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         for part in self.parts:
@@ -83,12 +66,11 @@ class GateModulation(Modulation):
             init.zeros_(getattr(self, f"{part}_up"))
 
     def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Tensor]:
-        changes = {
-            part: self.apply_factor(f"{part}_up", self.apply_factor(f"{part}_down", attention)) for part in self.parts
-        }
+        a = working_copy(attention)
+        changes = {part: self.apply_factor(f"{part}_up", self.apply_factor(f"{part}_down", a)) for part in self.parts}
         if "mult" in changes:
             changes["mult"] = torch.tanh(changes["mult"])
-        return changes
+        return {part: change.to(attention.dtype) for part, change in changes.items()}
 
 
 class OuterModulation(Modulation):
@@ -104,11 +86,11 @@ class OuterModulation(Modulation):
         self.num_updates = config.num_updates
         self.key_bias = config.key_bias
         self.scale = 1.0 / math.sqrt(d_model)
-        self.down = parameter(config.rank, d_model)
+        self.down = parameter(config.settled_rank, d_model)
         for name in self.targets:
             d_out, d_in = (d_model, d_ffn) if name == "down_proj" else (d_ffn, d_model)
-            self.register_parameter(f"{name}_value", parameter(config.num_updates * d_out, config.rank))
-            self.register_parameter(f"{name}_key", parameter(config.num_updates * d_in, config.rank))
+            self.register_parameter(f"{name}_value", parameter(config.num_updates * d_out, config.settled_rank))
+            self.register_parameter(f"{name}_key", parameter(config.num_updates * d_in, config.settled_rank))
             if self.key_bias:
                 self.register_parameter(f"{name}_key_bias", parameter(config.num_updates * d_in))
 
@@ -123,17 +105,15 @@ class OuterModulation(Modulation):
 
     def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns, per projection, ``(value, key)`` with the updates as the axis before the last."""
-        bottleneck = self.apply_factor("down", attention)
+        bottleneck = self.apply_factor("down", working_copy(attention))
         factors = {}
         for name in self.targets:
             value = self.apply_factor(f"{name}_value", bottleneck) * self.scale
             key = self.apply_factor(f"{name}_key", bottleneck)
             if self.key_bias:
-                key = key + self.factor(f"{name}_key_bias", key.dtype)
-            factors[name] = (
-                value.unflatten(-1, (self.num_updates, -1)),
-                key.unflatten(-1, (self.num_updates, -1)),
-            )
+                key = key + getattr(self, f"{name}_key_bias").to(key.dtype)
+            shape = (self.num_updates, -1)
+            factors[name] = tuple(part.unflatten(-1, shape).to(attention.dtype) for part in (value, key))
         return factors
 
 
@@ -147,9 +127,9 @@ class CarryModulation(Modulation):
     def __init__(self, config: NptConfig, d_model: int, d_ffn: int) -> None:
         super().__init__()
         self.tied = config.tied
-        self.down = parameter(config.rank, d_model)
+        self.down = parameter(config.settled_rank, d_model)
         if not self.tied:
-            self.up = parameter(d_model, config.rank)
+            self.up = parameter(d_model, config.settled_rank)
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         init.eye_(self.down)
@@ -157,10 +137,9 @@ class CarryModulation(Modulation):
             init.eye_(self.up)
 
     def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Tensor]:
-        bottleneck = self.apply_factor("down", attention)
-        if self.tied:
-            return {"carry": bottleneck @ self.factor("down", bottleneck.dtype)}
-        return {"carry": self.apply_factor("up", bottleneck)}
+        bottleneck = self.apply_factor("down", working_copy(attention))
+        carry = bottleneck @ self.down.to(bottleneck.dtype) if self.tied else self.apply_factor("up", bottleneck)
+        return {"carry": carry.to(attention.dtype)}
 
 
 class PreCarryModulation(Modulation):
@@ -172,10 +151,10 @@ class PreCarryModulation(Modulation):
 
     def __init__(self, config: NptConfig, d_model: int, d_ffn: int) -> None:
         super().__init__()
-        self.down = parameter(config.rank, d_model)
-        self.up = parameter(d_model, config.rank)
-        self.up_gate = parameter(d_ffn, config.rank)
-        self.up_up = parameter(d_ffn, config.rank)
+        self.down = parameter(config.settled_rank, d_model)
+        self.up = parameter(d_model, config.settled_rank)
+        self.up_gate = parameter(d_ffn, config.settled_rank)
+        self.up_up = parameter(d_ffn, config.settled_rank)
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         init.eye_(self.down)
@@ -184,15 +163,12 @@ class PreCarryModulation(Modulation):
             init.normal_(factor, std=1.0 / math.sqrt(self.down.shape[1]))
 
     def forward(self, attention: Float[Tensor, "batch seq d_model"]) -> dict[str, Tensor]:
-        bottleneck = self.apply_factor("down", attention)
-        return {
-            "gate": self.apply_factor("up_gate", bottleneck),
-            "up": self.apply_factor("up_up", bottleneck),
-            "carry": self.apply_factor("up", bottleneck),
-        }
+        bottleneck = self.apply_factor("down", working_copy(attention))
+        changes = {"gate": "up_gate", "up": "up_up", "carry": "up"}
+        return {change: self.apply_factor(factor, bottleneck).to(attention.dtype) for change, factor in changes.items()}
 
 
-MODULATIONS: dict[str, type[Modulation]] = {
+MODULATIONS: dict[str, Callable[[NptConfig, int, int], Modulation]] = {
     "v1": GateModulation,
     "v1_single": GateModulation,
     "v2": GateModulation,
@@ -200,7 +176,3 @@ MODULATIONS: dict[str, type[Modulation]] = {
     "keyed": CarryModulation,
     "keyed_pre": PreCarryModulation,
 }
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
