@@ -59,8 +59,8 @@ class PliantSpec:
         for index, layer in layers.items():
             if getattr(layer, "rank", None) == "auto":
                 raise CheckpointError(
-                    f"pliant.layers.{index}.rank must be a number in a saved model; got 'auto'. config.json was edited: "
-                    "put the rank of the saved factors there."
+                    f"pliant.layers.{index}.rank must be a number in a saved model; got 'auto'. Put the rank of the "
+                    "saved factors into config.json."
                 )
             if not 0 <= index < config.num_hidden_layers:
                 raise CheckpointError(
