@@ -161,7 +161,7 @@ def checkpoint_activations() -> Callable[..., None]:
     return enable
 
 
-def windows(count: int = 6, length: int = 12, *, seed: int = 3) -> Tensor:
+def windows(count: int = 10, length: int = 12, *, seed: int = 3) -> Tensor:
     """Random token windows, enough to calibrate a tiny base."""
     return torch.randint(2, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
 

@@ -19,7 +19,3 @@ class CheckpointError(PliantError):
 
 class DataError(PliantError):
     """Texts or datasets are missing, unreadable or too short."""
-
-
-class EditError(PliantError):
-    """An edit cannot be written, applied or reverted."""

@@ -11,8 +11,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pliant.errors import DataError
-from pliant.models import DynamicCausalLM
-from pliant.statistics import Progress
+from pliant.models import DynamicCausalLM, family_of
+from pliant.statistics import Progress, evaluating, input_device
 
 LOGITS_CHUNK = 32
 
@@ -48,21 +48,24 @@ def perplexity(
     Each window is read on its own; its first token is context only.
 
     Args:
-        model: Any causal LM of transformers.
+        model: A causal LM of a family that converts, converted or not.
         tokens: Token windows, e.g. ``pliant.data.token_windows(texts, tokenizer, num_tokens=12_288)``.
         progress: Called after each window.
 
     Raises:
         DataError: A window has fewer than two tokens, or the result is not finite.
+        ConversionError: The model belongs to another family.
     """
     _check(tokens)
+    family_of(model.config)  # the logits of other families may be scaled or capped after the head
     total, count = 0.0, 0
-    for done, window in enumerate(tokens, start=1):
-        for logits, targets in _logits(model, window):
-            total += functional.cross_entropy(logits, targets, reduction="sum").item()
-            count += len(targets)
-        if progress is not None:
-            progress("Measuring perplexity", done, len(tokens))
+    with evaluating(model):
+        for done, window in enumerate(tokens, start=1):
+            for logits, targets in _chunks(model, window, _hidden(model, window)):
+                total += functional.cross_entropy(logits, targets, reduction="sum").item()
+                count += len(targets)
+            if progress is not None:
+                progress("Measuring perplexity", done, len(tokens))
     return _exponential(total / count)
 
 
@@ -78,19 +81,21 @@ def compare_to_base(
     _check(tokens)
     nll = base_nll = kl = agreement = 0.0
     count = 0
-    for done, window in enumerate(tokens, start=1):
-        with model.base_mode():
-            base_hidden = _hidden(model, window)
-        pairs = zip(_chunks(model, window, _hidden(model, window)), _chunks(model, window, base_hidden), strict=True)
-        for (logits, targets), (base_logits, _) in pairs:
-            log_p, base_log_p = logits.log_softmax(-1), base_logits.log_softmax(-1)
-            nll += functional.nll_loss(log_p, targets, reduction="sum").item()
-            base_nll += functional.nll_loss(base_log_p, targets, reduction="sum").item()
-            kl += functional.kl_div(log_p, base_log_p, reduction="sum", log_target=True).item()
-            agreement += (logits.argmax(-1) == base_logits.argmax(-1)).sum().item()
-            count += len(targets)
-        if progress is not None:
-            progress("Comparing with the base", done, len(tokens))
+    with evaluating(model):
+        for done, window in enumerate(tokens, start=1):
+            with model.base_mode():
+                base_hidden = _hidden(model, window)
+            hidden = _hidden(model, window)
+            pairs = zip(_chunks(model, window, hidden), _chunks(model, window, base_hidden), strict=True)
+            for (logits, targets), (base_logits, _) in pairs:
+                log_p, base_log_p = logits.log_softmax(-1), base_logits.log_softmax(-1)
+                nll += functional.nll_loss(log_p, targets, reduction="sum").item()
+                base_nll += functional.nll_loss(base_log_p, targets, reduction="sum").item()
+                kl += functional.kl_div(log_p, base_log_p, reduction="sum", log_target=True).item()
+                agreement += (logits.argmax(-1) == base_logits.argmax(-1)).sum().item()
+                count += len(targets)
+            if progress is not None:
+                progress("Comparing with the base", done, len(tokens))
     return Comparison(
         perplexity=_exponential(nll / count),
         base_perplexity=_exponential(base_nll / count),
@@ -100,11 +105,7 @@ def compare_to_base(
 
 
 def _hidden(model: PreTrainedModel, window: Int[Tensor, " window"]) -> Float[Tensor, "window d_model"]:
-    return model.model(window.unsqueeze(0).to(model.device), use_cache=False).last_hidden_state[0]
-
-
-def _logits(model: PreTrainedModel, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return _chunks(model, window, _hidden(model, window))
+    return model.model(window.unsqueeze(0).to(input_device(model)), use_cache=False).last_hidden_state[0]
 
 
 def _chunks(model: PreTrainedModel, window: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

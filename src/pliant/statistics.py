@@ -1,7 +1,7 @@
 """What a calibration text says about a base: second moments, from which closed-form starts are made."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pliant.errors import DataError
 from pliant.models import DynamicCausalLM
+from pliant.models.placement import compute_device
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
@@ -49,12 +50,17 @@ def attention_statistics(
     Raises:
         DataError: There are too few windows, or a moment is not finite.
     """
-    if tokens.ndim != 2 or len(tokens) <= HELD_OUT_WINDOWS:
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or len(tokens) <= HELD_OUT_WINDOWS:
         raise DataError(
-            f"calibration must be token windows (windows, window) with more than {HELD_OUT_WINDOWS} windows; got "
-            f"shape {tuple(tokens.shape)}. Give at least 16,384 tokens, e.g. (32, 512)."
+            f"calibration must be token windows (windows, window), more than {HELD_OUT_WINDOWS} of at least two tokens "
+            f"each; got shape {tuple(tokens.shape)}. Give at least 16,384 tokens, e.g. (32, 512)."
         )
     fitted, held_out = tokens[:-HELD_OUT_WINDOWS], tokens[-HELD_OUT_WINDOWS:]
+    if fitted.numel() < model.config.hidden_size:
+        raise DataError(
+            f"calibration must have at least {model.config.hidden_size} tokens (d_model) beside the held-out windows; "
+            f"got {fitted.numel()}. With fewer, directions are missing. Give at least 16,384 tokens."
+        )
     sums: dict[int, Tensor] = {}
 
     def accumulate(index: int) -> Callable[..., None]:
@@ -83,9 +89,26 @@ def attention_statistics(
     return AttentionStatistics(moments=sums, sample=fitted[:SAMPLE_WINDOWS], held_out=held_out)
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block every module is in evaluation mode; after it each is in the mode it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def base_mode(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """The model's ``base_mode()``; nothing to do for one that has not been converted yet."""
     return model.base_mode() if isinstance(model, DynamicCausalLM) else nullcontext()
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go, also when the embedding is offloaded."""
+    return compute_device(model.get_input_embeddings())
 
 
 @torch.no_grad()
@@ -93,13 +116,9 @@ def run_base(
     model: PreTrainedModel, tokens: Int[Tensor, "windows window"], *, progress: Progress | None, label: str
 ) -> None:
     """Runs the unchanged base over ``tokens``, window by window, without logits and without a cache."""
-    training = model.training
-    model.eval()
-    try:
-        with base_mode(model):
-            for done, window in enumerate(tokens, start=1):
-                model.model(window.unsqueeze(0).to(model.device), use_cache=False)
-                if progress is not None:
-                    progress(label, done, len(tokens))
-    finally:
-        model.train(training)
+    device = input_device(model)
+    with evaluating(model), base_mode(model):
+        for done, window in enumerate(tokens, start=1):
+            model.model(window.unsqueeze(0).to(device), use_cache=False)
+            if progress is not None:
+                progress(label, done, len(tokens))

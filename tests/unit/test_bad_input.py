@@ -178,7 +178,12 @@ CASES = {
     "too little calibration text": Case(
         lambda c: c.convert(preset("keyed", rank=4), calibration=c.tokens[:4]),
         DataError,
-        "calibration | (4, 12) | more than 4 windows | (32, 512)",
+        "calibration | (4, 12) | more than 4 | (32, 512)",
+    ),
+    "fewer calibration tokens than directions": Case(
+        lambda c: c.convert(preset("keyed", rank=4), calibration=c.tokens[:6]),
+        DataError,
+        "calibration | 32 tokens | got 24 | 16,384",
     ),
     "statistics of other layers": Case(partial_statistics, ConfigError, "calibration | layer 1"),
     "weights that are not finite": Case(
@@ -187,7 +192,7 @@ CASES = {
     "reading perplexity of single tokens": Case(
         lambda c: pliant.perplexity(c.model, c.tokens[:, :1]),
         DataError,
-        "tokens | (6, 1) | two tokens | token_windows",
+        "tokens | (10, 1) | two tokens | token_windows",
     ),
     "switching a layer that was not converted": Case(
         lambda c: c.model.set_active(False, [2]),

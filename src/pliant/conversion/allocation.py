@@ -17,10 +17,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pliant.conversion.closed_form import Spectrum
-from pliant.statistics import Progress, base_mode
+from pliant.statistics import Progress, base_mode, evaluating, input_device
 
 CHUNK = 32
 MIN_RANK = 8
+NO_ENERGY = 1e-9
 ROUNDS = 2
 
 
@@ -43,9 +44,15 @@ def share_ranks(
     shared, budget = dict(ranks), sum(ranks.values())
     for _ in range(ROUNDS):
         costs = truncation_costs(model, {i: spectra[i].leading(r) for i, r in shared.items()}, tokens, progress)
-        prices = {i: costs[i] / spectra[i].values[rank:].sum().item() for i, rank in shared.items()}
+        prices = {i: _price(costs[i], spectra[i].values, rank) for i, rank in shared.items()}
         shared = share_budget(prices, {i: spectra[i].values for i in shared}, budget)
     return shared
+
+
+def _price(cost: float, values: Float[Tensor, " d_model"], rank: int) -> float:
+    """Cost of a unit of the energy lost; nothing where nothing is lost but rounding."""
+    lost = values[rank:].sum().item()
+    return cost / lost if lost > NO_ENERGY * values.sum().item() else 0.0
 
 
 def share_budget(
@@ -74,18 +81,14 @@ def truncation_costs(
 
     The model is left as it is: hooks take ``(1 − g_l)(a − P a)`` from each layer's output.
     """
-    gates = torch.zeros(max(bases) + 1, device=model.device, requires_grad=True)
-    totals = torch.zeros_like(gates)
-    training = model.training
-    model.eval()
-    try:
-        with base_mode(model):
-            for done, window in enumerate(tokens, start=1):
-                totals -= _gate_gradient(model, bases, gates, window.unsqueeze(0).to(model.device))
-                if progress is not None:
-                    progress("Measuring what each layer's loss costs", done, len(tokens))
-    finally:
-        model.train(training)
+    device = input_device(model)
+    gates = torch.zeros(max(bases) + 1, device=device, requires_grad=True)
+    totals = torch.zeros(len(gates), device=device)
+    with evaluating(model), base_mode(model):
+        for done, window in enumerate(tokens, start=1):
+            totals -= _gate_gradient(model, bases, gates, window.unsqueeze(0).to(device))
+            if progress is not None:
+                progress("Measuring what each layer's loss costs", done, len(tokens))
     return {i: (totals[i] / tokens.numel()).item() for i in bases}
 
 
@@ -124,6 +127,6 @@ def _truncate(layer: nn.Module, vectors: Tensor, gate: Tensor) -> list[Any]:
         a = found.pop()
         kept = vectors.to(a.device, a.dtype)
         lost = a - (a @ kept) @ kept.T
-        return output - (1 - gate.to(a.dtype)) * lost
+        return output - (1 - gate.to(a.device, a.dtype)) * lost
 
     return [layer.get_submodule("self_attn").register_forward_hook(remember), layer.register_forward_hook(take_away)]

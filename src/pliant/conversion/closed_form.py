@@ -39,7 +39,7 @@ def spectrum(moment: Float[Tensor, "d_model d_model"]) -> Spectrum:
         values, vectors = torch.linalg.eigh(moment.double().cpu())
     finally:
         torch.set_num_threads(threads)
-    return Spectrum(values=values.flip(0), vectors=vectors.flip(1).float())
+    return Spectrum(values=values.flip(0).clamp_min(0.0), vectors=vectors.flip(1).float())
 
 
 @torch.no_grad()

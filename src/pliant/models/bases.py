@@ -128,6 +128,12 @@ def resolve_base(name: str | os.PathLike[str]) -> str:
     return text
 
 
+def recorded_name(name: str | os.PathLike[str]) -> str:
+    """Returns the name to find a base by later: embedded names and hub ids as they are, folders by their full path."""
+    text = str(name)
+    return os.path.abspath(text) if text not in EMBEDDED and os.path.isdir(text) else text
+
+
 def _is_clearly_path(text: str) -> bool:
     """Tell whether a string can only be meant as a path: `./x`, `~/x`, `/x`, `a/b/c`, `x/`."""
     return (

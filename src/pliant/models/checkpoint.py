@@ -78,6 +78,10 @@ def check_destination(directory: str | os.PathLike, *, delta: bool) -> None:
 
 def save_delta(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     """Writes the added parameters of ``model``, its configuration and its base's fingerprint."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise CheckpointError(
+            "delta=True needs a model without adapters; this one holds layers of peft. Merge or unload the adapter."
+        )
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in added_parameters(model)}
     if not tensors:
         raise CheckpointError("delta=True needs a converted model; this one is dense. Save it without delta.")
@@ -90,16 +94,16 @@ def save_delta(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".delta-", delete=False) as staged:
         pass
     try:
         save_file(tensors, staged.name, metadata=metadata)
         os.chmod(staged.name, 0o644)
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = model.dtype
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
         os.replace(staged.name, folder / DELTA_NAME)
     finally:
         Path(staged.name).unlink(missing_ok=True)
@@ -177,16 +181,21 @@ def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **opti
         raise CheckpointError("output_loading_info is not available for a delta checkpoint. Leave it out.")
     for own in ("revision", "subfolder"):  # of the delta, not of its base
         options.pop(own, None)
+        hub.pop(own, None)
+    if options.get("dtype", "auto") == "auto" and config.dtype is not None:
+        options["dtype"] = config.dtype
     spec = PliantSpec.of(config)
-    base = options.pop("base", None) or spec.base.get("name")
+    other = options.pop("base", None)
+    base = other or spec.base.get("name")
     if not base:
         raise CheckpointError(f"{name} names no base model. Give one: from_pretrained(..., base='path or hub id').")
     tensors, metadata = _read_delta(delta)
     path = resolve_base(base)
     if Path(path).resolve() == Path(name).resolve():
         raise CheckpointError(f"base must be another model than the delta itself; got {base!r} for {name}.")
-    pinned = {"revision": revision} if (revision := spec.base.get("revision")) else {}
-    base_config = AutoConfig.from_pretrained(path, **pinned)
+    revision = None if other else spec.base.get("revision")
+    pinned = {"revision": revision} if revision else {}
+    base_config = AutoConfig.from_pretrained(path, **hub, **pinned)
     if base_config.model_type.removeprefix("pliant_") != cls.config_class.model_type.removeprefix("pliant_"):
         raise CheckpointError(
             f"base must be of type {cls.base_config_class.model_type}; got {base!r}, which is {base_config.model_type}."

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from pliant.architectures import AddedModule, added_parameters
-from pliant.errors import ConfigError
+from pliant.errors import CheckpointError, ConfigError
 from pliant.models import checkpoint
 from pliant.models.report import ModelReport, record
 from pliant.models.selection import Layers, select_layers
@@ -43,6 +43,7 @@ class DynamicModel(_StartValues):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         spec = PliantSpec.of(config)
+        spec.check_quantisation(getattr(config, "quantization_config", None))
         layer_class = self.dynamic_layer(spec.architecture)
         for index, layer_config in spec.layers.items():
             self.layers[index] = layer_class(config, index, layer_config)
@@ -137,13 +138,18 @@ class DynamicCausalLM(_StartValues):
         Args:
             save_directory: Folder to write to; made if missing.
             delta: Save only the added parameters, with the name and the fingerprint of the base.
-            options: Those of ``PreTrainedModel.save_pretrained``.
+            options: Those of ``PreTrainedModel.save_pretrained``; with ``delta`` only ``is_main_process``.
 
         Raises:
             CheckpointError: The folder holds a checkpoint of the other kind, or there is nothing to save.
         """
         checkpoint.check_destination(save_directory, delta=delta)
         if delta:
+            is_main_process = options.pop("is_main_process", True)
+            if options:
+                raise CheckpointError(f"delta=True takes no further options; got {', '.join(options)}. Leave them out.")
+            if not is_main_process:
+                return
             checkpoint.save_delta(self, save_directory)
         else:
             super().save_pretrained(save_directory, **options)

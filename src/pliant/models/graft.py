@@ -4,14 +4,13 @@ The pliant class is built on the meta device, takes over the base's own child mo
 attributes to the caller's object. Every object that held weights, hooks or quantised state before holds them after.
 """
 
-from typing import Any
-
 import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pliant.architectures import AddedModule
+from pliant.models.placement import compute_device
 from pliant.models.spec import PliantSpec
 
 CAPTURE_FLAG = "_output_capturing_hooks_installed"
@@ -44,12 +43,13 @@ def install(model: PreTrainedModel, target: type[PreTrainedModel], spec: PliantS
         skeleton = target(config)
     _remove_capture_hooks(model)
     inner, new_inner = model.model, skeleton.model
-    for index, new_layer in enumerate(new_inner.layers):
-        inner.layers[index] = _take_over(inner.layers[index], new_layer)
+    layers = [_take_over(old, new) for old, new in zip(inner.layers, new_inner.layers, strict=True)]
+    for index, layer in enumerate(layers):
+        inner.layers[index] = layer
     for old, new in ((inner, new_inner), (model, skeleton)):
         _adopt(old, new)
     old_config = {id(model.config), id(inner.config)}
-    for module in (model, *model.modules()):
+    for module in model.modules():
         if id(vars(module).get("config")) in old_config:
             vars(module)["config"] = config
 
@@ -59,7 +59,7 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
     if type(old) is type(new):
         return old
     hook = vars(old).get("_hf_hook")
-    device = _device_of(old)
+    device = compute_device(old.get_submodule("input_layernorm"))
     for name, child in new.named_children():
         if isinstance(child, AddedModule):
             child.to_empty(device=device)
@@ -67,20 +67,13 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
         else:
             setattr(new, name, getattr(old, name))
     for name, value in vars(old).items():
-        if (not name.startswith("_") or name == "_gradient_checkpointing_func") and name not in HOOK_ATTRIBUTES:
-            setattr(new, name, value)
+        is_kept = not name.startswith("_") or name == "_gradient_checkpointing_func" or "_hook" in name
+        if is_kept and name not in HOOK_ATTRIBUTES:  # hooks of torch go along; accelerate's is put on anew
+            vars(new)[name] = value
     new.train(old.training)
     if hook is not None:
         add_hook_to_module(new, hook)
     return new
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    """Where a layer computes, also when its weights are offloaded."""
-    norm: Any = layer.input_layernorm
-    if norm.weight.device.type != "meta":
-        return norm.weight.device
-    return torch.device(norm._hf_hook.execution_device)
 
 
 def _adopt(old: nn.Module, new: nn.Module) -> None:

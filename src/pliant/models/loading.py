@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from pliant.errors import CheckpointError, ConfigError
-from pliant.models.bases import EMBEDDED, resolve_base
+from pliant.models.bases import recorded_name, resolve_base
+from pliant.models.checkpoint import HUB_OPTIONS
 from pliant.models.dynamic import DynamicCausalLM
 from pliant.models.families import family_of
 from pliant.models.graft import with_spec
@@ -35,11 +36,11 @@ def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
     if attention is not None and attention not in ATTENTION:
         raise ConfigError(f"attn_implementation must be one of {', '.join(ATTENTION)}; got {attention!r}.")
     try:
-        hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
         config = _read_config(path, **hub)
         family = family_of(config)
         if not isinstance(config, family.config):
-            base = {"name": _recorded_name(name), "revision": getattr(config, "_commit_hash", None)}
+            base = {"name": recorded_name(name), "revision": getattr(config, "_commit_hash", None)}
             config = with_spec(config, family.config, PliantSpec(base=base))
         return family.causal_lm.from_pretrained(path, config=config, dtype=dtype, **options)
     except OSError as error:
@@ -60,9 +61,3 @@ def _read_config(path: str, **hub: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, **hub)
     except ValueError as error:  # no config.json in a folder, or a model type unknown to transformers
         raise CheckpointError(f"model {path!r} must hold the config.json of a known model: {error}") from error
-
-
-def _recorded_name(name: str | os.PathLike) -> str:
-    """The name to find the base by later: embedded names and hub ids as they are, folders by their full path."""
-    text = str(name)
-    return text if text in EMBEDDED or not os.path.isdir(text) else os.path.abspath(text)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pliant.architectures import LayerReport
@@ -29,11 +29,13 @@ class ModelReport:
         layers = [i for i in self.layers if all(i in forward for forward in self.forwards)]
         return {i: torch.cat([forward[i].norm for forward in self.forwards], dim=1) for i in layers}
 
-    def regulariser(self, mask: Bool[Tensor, "batch seq"] | None = None) -> Float[Tensor, ""]:
-        """Mean penalty of the last forward: over layers, and over the tokens that ``mask`` keeps."""
+    def regulariser(self, mask: Shaped[Tensor, "batch seq"] | None = None) -> Float[Tensor, ""]:
+        """Mean penalty of the last forward: over layers, and over the tokens where ``mask`` is not 0."""
         penalties = [report.regulariser for report in self.layers.values()]
+        if not penalties:
+            raise ConfigError("regulariser needs a forward of active layers inside the report() block; there was none.")
         values = torch.stack([penalty.to(penalties[0].device) for penalty in penalties])  # (L, B, T)
-        return values.mean() if mask is None else values[:, mask].mean()
+        return values.mean() if mask is None else values[:, mask.to(values.device, torch.bool)].mean()
 
 
 @contextmanager
@@ -54,13 +56,18 @@ def record(inner: nn.Module, layers: Mapping[int, Any], detail: str) -> Iterator
         for layer in layers.values():
             layer.layer_report = None
 
-    handle = inner.register_forward_hook(collect)
+    def forget(_module: nn.Module, _args: Sequence[Any]) -> None:
+        for layer in layers.values():  # what a checkpointed backward, or a forward that failed, has left
+            layer.layer_report = None
+
+    handles = (inner.register_forward_pre_hook(forget), inner.register_forward_hook(collect))
     for layer in layers.values():
         layer.recording = detail
     try:
         yield report
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for layer in layers.values():
             layer.recording = None
             layer.layer_report = None

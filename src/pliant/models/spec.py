@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from pliant.architectures import ARCHITECTURES
 from pliant.architectures.base import LayerConfig, nearest
-from pliant.errors import CheckpointError
+from pliant.errors import CheckpointError, ConfigError, ConversionError
 
 FORMAT_VERSION = 1
 
@@ -51,11 +51,17 @@ class PliantSpec:
                 f"{nearest(str(name), tuple(ARCHITECTURES))}"
             )
         config_class = ARCHITECTURES[name].config
-        layers = {
-            int(index): config_class.from_dict(layer)
-            for index, layer in entry.get("layers", {}).items()
-            if config_class is not None
-        }
+        try:
+            layers = {
+                int(index): config_class.from_dict(layer)
+                for index, layer in entry.get("layers", {}).items()
+                if config_class is not None
+            }
+        except (ConfigError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"pliant.layers must map layer indices to configurations; got {entry.get('layers')!r}: {error} "
+                "config.json is damaged."
+            ) from error
         for index, layer in layers.items():
             if getattr(layer, "rank", None) == "auto":
                 raise CheckpointError(
@@ -68,6 +74,27 @@ class PliantSpec:
                     "config.json is damaged, or belongs to another model."
                 )
         return cls(architecture=name, layers=layers, base=copy.deepcopy(entry.get("base", {})))
+
+    def check_quantisation(self, quantisation: Any) -> None:
+        """Refuses a quantised base that a layer's form cannot stand on.
+
+        Args:
+            quantisation: The base's ``quantization_config``, an object or a mapping, or ``None``.
+
+        Raises:
+            ConversionError: A form needs linear projections, and the base's round their inputs.
+        """
+        if isinstance(quantisation, Mapping):
+            is_int8 = quantisation.get("load_in_8bit", False)
+        else:
+            is_int8 = getattr(quantisation, "load_in_8bit", False)
+        for index, layer in self.layers.items():
+            if is_int8 and getattr(layer, "needs_linear_projections", False):
+                raise ConversionError(
+                    f"form 'keyed_pre' (layer {index}) needs linear projections; an int8 base (load_in_8bit) rounds "
+                    "their inputs too, so W x⁺ = ρ W x + s W (γ ⊙ a) does not hold. Use 'keyed', or load the base in "
+                    "4 bit or bfloat16."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the entry as JSON values, with its format version."""

@@ -167,6 +167,11 @@ class NptConfig:
         return self.form in CLOSED_FORMS
 
     @property
+    def needs_linear_projections(self) -> bool:
+        """Whether ``W (x + y) = W x + W y`` must hold for the base's projections."""
+        return self.form == "keyed_pre"
+
+    @property
     def target_names(self) -> tuple[str, ...]:
         """Names of the projections that ``outer`` rewrites."""
         return TARGETS[self.targets]

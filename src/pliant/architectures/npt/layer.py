@@ -50,14 +50,17 @@ class NptLayer(nn.Module):
         return COMPOSE[self.layer_config.form](self, hidden_states, attention)
 
     def gate(self, plain: Float[Tensor, "batch seq d_ffn"], a: Hidden, z: Hidden) -> Float[Tensor, "batch seq d_ffn"]:
-        """``plain ⊙ (1 + mult) + add``, the changes read from a; ``plain`` is the gate at z."""
+        """``plain ⊙ (1 + tanh(B′ A′ a)) + B A a``; ``plain`` is the gate at z."""
         changes = self.plastic(a)
-        gate = torch.addcmul(plain, plain, changes["mult"]) if "mult" in changes else plain
-        if "add" in changes:
-            gate = changes["add"].add_(gate)  # in its own memory: a third tensor of this size costs more than the sum
-        if self.recording:
-            self.report({"gate_proj": smallest_write(gate - plain, z)})
-        return gate
+        add, half = changes.get("add"), changes.get("half")
+        if self.recording:  # in fp32: a difference of bf16 gates would round small changes away
+            effect = torch.zeros_like(plain, dtype=torch.float32) if add is None else add.float()
+            if half is not None:
+                effect = effect + plain.float() * (2 * half.float() - 1)
+            self.report({"gate_proj": smallest_write(effect, z)})
+        if half is None:
+            return plain + add if self.recording else add.add_(plain)
+        return 2 * plain * half if add is None else torch.addcmul(add, plain, half, value=2)
 
     def report(self, writes: dict[str, Write]) -> None:
         """Leaves the report of this forward in ``layer_report``; a no-op unless ``recording``."""
@@ -127,7 +130,7 @@ def keyed(layer: NptLayer, h: Hidden, a: Hidden) -> Hidden:
     m = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
     if layer.recording:
         layer.report({"down_proj": smallest_write(carry, m)})
-    return (h + carry) + mlp.down_proj(m)
+    return add_to(layer, carry, h) + mlp.down_proj(m)
 
 
 def keyed_pre(layer: NptLayer, h: Hidden, a: Hidden) -> Hidden:
@@ -143,26 +146,23 @@ def keyed_pre(layer: NptLayer, h: Hidden, a: Hidden) -> Hidden:
     ratio = (inverse_rms / reciprocal_rms(h, norm.variance_epsilon)).to(h.dtype)  # ρ
     inverse_rms = inverse_rms.to(h.dtype)
 
-    def project(name: str, change: Tensor) -> tuple[Tensor, Tensor]:
+    writes: dict[str, Write] = {}
+
+    def project(name: str, change: Tensor) -> Tensor:
         projection = getattr(mlp, name)
         plain = projection(x)
-        out = ratio * plain + inverse_rms * change
+        out = torch.addcmul(ratio * plain, inverse_rms, change)
         if projection.bias is not None:
             out = out + (1 - ratio) * projection.bias
-        return out, out - plain
+        if layer.recording:
+            writes[name] = smallest_write(out - plain, x)
+        return out
 
-    gate, gate_effect = project("gate_proj", changes["gate"])
-    up, up_effect = project("up_proj", changes["up"])
-    m = mlp.act_fn(gate) * up
+    m = mlp.act_fn(project("gate_proj", changes["gate"])) * project("up_proj", changes["up"])
     if layer.recording:
-        layer.report(
-            {
-                "gate_proj": smallest_write(gate_effect, x),
-                "up_proj": smallest_write(up_effect, x),
-                "down_proj": smallest_write(changes["carry"], m),
-            }
-        )
-    return (h + changes["carry"]) + mlp.down_proj(m)
+        writes["down_proj"] = smallest_write(changes["carry"], m)
+        layer.report(writes)
+    return add_to(layer, changes["carry"], h) + mlp.down_proj(m)
 
 
 COMPOSE: dict[str, Callable[[NptLayer, Tensor, Tensor], Tensor]] = {
@@ -173,6 +173,11 @@ COMPOSE: dict[str, Callable[[NptLayer, Tensor, Tensor], Tensor]] = {
     "keyed": keyed,
     "keyed_pre": keyed_pre,
 }
+
+
+def add_to(layer: NptLayer, carry: Hidden, h: Hidden) -> Hidden:
+    """``h + carry``, in the memory of ``carry`` unless a report still reads it."""
+    return h + carry if layer.recording else carry.add_(h)
 
 
 def reciprocal_rms(x: Float[Tensor, "*batch d"], epsilon: float) -> Float[Tensor, "*batch 1"]:
