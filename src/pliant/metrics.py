@@ -14,7 +14,7 @@ from pliant.errors import DataError
 from pliant.models import DynamicCausalLM, family_of
 from pliant.statistics import Progress, evaluating, input_device
 
-LOGITS_CHUNK = 32
+LOGITS_CHUNK = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ class NptLayer(nn.Module):
                 effect = effect + plain.float() * (2 * half.float() - 1)
             self.report({"gate_proj": smallest_write(effect, z)})
         if half is None:
-            return plain + add if self.recording else add.add_(plain)
+            return plain + changes["add"] if self.recording else changes["add"].add_(plain)
         return 2 * plain * half if add is None else torch.addcmul(add, plain, half, value=2)
 
     def report(self, writes: dict[str, Write]) -> None:

@@ -43,7 +43,7 @@ def working_copy(attention: Float[Tensor, "batch seq d_model"]) -> Float[Tensor,
     them, and the dtype of ``a`` for many.
     """
     few = attention.shape[0] * attention.shape[1] <= FEW_TOKENS
-    return attention.float() if few else attention
+    return attention.float() if few and attention.dtype.itemsize < 4 else attention
 
 
 class GateModulation(Modulation):
