@@ -8,6 +8,7 @@ adds conversations: without them a chat model that was converted no longer follo
 
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -72,7 +73,8 @@ def _chat(tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[Int[Tenso
     token_ids: list[int] = []
     for question, answer in _conversations():
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        token_ids.extend(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"])
+        encoded: Any = tokenizer.apply_chat_template(turns, return_dict=True)
+        token_ids.extend(encoded["input_ids"])
         if len(token_ids) >= window:
             yield torch.tensor(token_ids[:window])
             token_ids = []
