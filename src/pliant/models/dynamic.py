@@ -83,7 +83,8 @@ class DynamicCausalLM(_StartValues):
         """Switches the change of some layers on or off; off, a layer is exactly the base's.
 
         Raises:
-            ConversionError: ``layers`` names a layer that does not exist or was never converted.
+            ConversionError: ``layers`` names a layer that does not exist.
+            ConfigError: It names one that was never converted.
         """
         converted = self.dynamic_layers
         wanted = converted if layers == "all" else select_layers(layers, self.config.num_hidden_layers)
