@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # The command line answers --help without torch: each of its commands imports what it needs.
 _IS_COMMAND = bool(sys.argv) and (
-    Path(sys.argv[0]).stem == "pliant" or (sys.argv[0] == "-m" and "pliant.cli" in sys.orig_argv)
+    Path(sys.argv[0]).stem == "pliant"
+    or (sys.argv[0] == "-m" and any(argument.startswith("pliant.cli") for argument in sys.orig_argv))
 )
 
 if TYPE_CHECKING or not _IS_COMMAND:
@@ -15,5 +16,15 @@ if TYPE_CHECKING or not _IS_COMMAND:
     from pliant.errors import PliantError
     from pliant.metrics import perplexity
     from pliant.models import load
+if TYPE_CHECKING:
+    from pliant.training import train
 
-__all__ = ["ARCHITECTURES", "NptConfig", "PliantError", "convert", "load", "perplexity"]
+__all__ = ["ARCHITECTURES", "NptConfig", "PliantError", "convert", "load", "perplexity", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # brings the trainer of transformers, which takes seconds to import
+        from pliant.training import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

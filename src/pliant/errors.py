@@ -19,3 +19,7 @@ class CheckpointError(PliantError):
 
 class DataError(PliantError):
     """Texts or datasets are missing, unreadable or too short."""
+
+
+class TrainingError(PliantError):
+    """Training cannot go on: a loss or a gradient is not finite."""

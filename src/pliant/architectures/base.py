@@ -3,14 +3,19 @@
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
 class AddedModule(nn.Module):
-    """A module that conversion adds: the Hugging Face edge starts it, keeps it in fp32 and saves it in deltas."""
+    """A module that conversion adds: the Hugging Face edge starts it, keeps it in fp32 and saves it in deltas.
+
+    ``component`` is what training calls its parameters, to give them a learning rate of their own.
+    """
+
+    component: ClassVar[str] = "modulation"
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Gives every parameter its start value.
@@ -32,6 +37,10 @@ def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 @runtime_checkable
 class LayerConfig(Protocol):
     """Configuration of one dynamic layer; serialised into ``config.json``."""
+
+    def starts_at_layerwise_optimum(self) -> bool:
+        """Whether conversion alone makes the layer as near to its base as it can be, on the base's own inputs."""
+        ...
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields that differ from their defaults, as JSON values."""

@@ -11,6 +11,7 @@ from pliant.cli.convert import convert
 from pliant.cli.demo import demo
 from pliant.cli.generate import generate
 from pliant.cli.info import info
+from pliant.cli.training import train
 
 main = typer.Typer(
     name="pliant",
@@ -54,5 +55,6 @@ def _options(
 
 for _verb in (demo, convert, info, generate, chat):
     main.command()(_verb)
+main.command(context_settings={"ignore_unknown_options": True})(train)  # Hydra's overrides, and flags that it explains
 
 __all__ = ["main"]

@@ -14,6 +14,7 @@ from pliant.errors import CheckpointError
 
 MADE_BY = "pliant demo"
 RECORD, FIGURE, FULL, DELTA = "demo.json", "demo.png", "model", "delta"
+TRAINING, TRAINING_FIGURE = "training", "training.png"
 
 
 def clear(output: Path) -> None:
@@ -31,10 +32,11 @@ def clear(output: Path) -> None:
         record = None
     if not isinstance(record, dict) or record.get("made_by") != MADE_BY:
         raise CheckpointError(f"--output {str(output)!r} holds a {RECORD} of something else. Choose another folder.")
-    for name in (FULL, DELTA):
+    for name in (FULL, DELTA, TRAINING):
         if (output / name).is_dir():
             shutil.rmtree(output / name)
-    (output / FIGURE).unlink(missing_ok=True)
+    for name in (FIGURE, TRAINING_FIGURE):
+        (output / name).unlink(missing_ok=True)
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
@@ -78,6 +80,7 @@ def say_where(output: Path, base: str, seconds: float) -> None:
         f"  {RECORD}  every figure, with versions and hardware",
         f"  {FULL}/     the converted model, {sizes[FULL]}",
         f"  {DELTA}/     only what conversion added, {sizes[DELTA]}",
+        f"  {TRAINING_FIGURE}  what training gained; the run is in {TRAINING}/",
         "Next:",
         f"  pliant chat {output / FULL}   # then /base to compare",
         "  pliant info llama-3.1-8b   # what it would add to a larger base",

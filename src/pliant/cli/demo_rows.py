@@ -25,6 +25,7 @@ class Row:
     why: str
     in_quick: bool = False
     is_kept: bool = False
+    is_trained: bool = False
 
     @property
     def name(self) -> str:
@@ -35,7 +36,13 @@ class Row:
 
 ROWS: tuple[Row, ...] = (
     Row(preset="keyed", options={"rank": 64}, why="a ninth of the width"),
-    Row(preset="keyed", options={"rank": 128}, why="between a fifth and a quarter of it"),
+    Row(
+        preset="keyed",
+        options={"rank": 128},
+        why="between a fifth and a quarter of it; trained below",
+        in_quick=True,
+        is_trained=True,
+    ),
     Row(
         preset="keyed",
         options={"rank": 128, "allocation": "sensitivity"},
@@ -64,7 +71,7 @@ ROWS: tuple[Row, ...] = (
     Row(preset="v2", options={"rank": 16}, why="drops it, and the MLP input too"),
     Row(preset="outer", options={"rank": 64}, why="likewise, with a rank-1 update of the gate"),
 )
-"""Every row of the demo's table, in its order; the one that is kept generates and is saved."""
+"""Every row of the demo's table, in its order; one is kept to generate and be saved, and one is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

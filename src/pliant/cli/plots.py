@@ -1,4 +1,4 @@
-"""The figure of ``pliant demo``: what a rank costs, and why so few directions are enough."""
+"""The figures of ``pliant demo``: what a rank costs, why so few directions are enough, what training gains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +48,31 @@ def draw(points: Sequence[Point], energy: Mapping[int, Sequence[float]], file: P
         left, right = figure.subplots(1, 2)
         _draw_ratios(left, points)
         _draw_spectra(figure, right, energy)
+        figure.savefig(file)
+
+
+def draw_training(curve: Mapping[int, float], ratios: tuple[float, float], file: Path) -> None:
+    """Draws what a training run gained into a PNG.
+
+    Args:
+        curve: Optimizer step → ``KL(base ‖ model)`` of the training text, nats a token.
+        ratios: Perplexity over the base's on held-out text, before and after.
+        file: Where to write it.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+        left.plot(list(curve), list(curve.values()), "o-", color=ACCENT)
+        left.set_ylim(bottom=0)
+        left.set_xlabel("optimizer step")
+        left.set_ylabel("KL from the base, nats")
+        left.set_title("Training towards the base")
+        bars = right.bar(("as converted", "trained"), ratios, color=(GREY, ACCENT), width=0.6)
+        right.bar_label(bars, labels=[f"{ratio:.3f}" for ratio in ratios], padding=3)
+        right.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
+        right.margins(y=0.15)
+        right.set_ylabel("perplexity ÷ that of the base")
+        right.set_title("Held-out text")
         figure.savefig(file)
 
 

@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from pliant.models.bases import SHAPES, resolve_base, shape_config
 from pliant.models.dynamic import DynamicCausalLM
 from pliant.models.families import FAMILIES, Family, family_of
+from pliant.models.fresh import fresh, fresh_config
 from pliant.models.loading import load
 from pliant.models.report import ModelReport
 from pliant.models.selection import Layers, select_layers
@@ -24,6 +25,8 @@ __all__ = [
     "ModelReport",
     "PliantSpec",
     "family_of",
+    "fresh",
+    "fresh_config",
     "load",
     "resolve_base",
     "select_layers",

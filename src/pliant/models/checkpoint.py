@@ -7,7 +7,7 @@ tensor is quantised or offloaded and cannot be compared.
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,21 @@ FULL_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
 
-def fingerprint(model: PreTrainedModel) -> Float[Tensor, "tensors samples"]:
-    """Returns evenly spaced values of every parameter of the base, in the order of their names."""
+def fingerprint(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None
+) -> Float[Tensor, "tensors samples"]:
+    """Returns evenly spaced values of every parameter of the base, in the order of their names.
+
+    Args:
+        model: The model.
+        tensors: Its parameters by name, where its own are sharded.
+    """
     added = {name for name, _ in added_parameters(model)}
     rows = []
-    for name, parameter in sorted(model.named_parameters()):
+    for name, own in sorted(model.named_parameters()):
         if name in added:
             continue
+        parameter = own if tensors is None else tensors[name]
         if parameter.is_floating_point() and parameter.device.type != "meta":
             flat = parameter.detach().reshape(-1)
             positions = torch.linspace(0, flat.numel() - 1, FINGERPRINT_WIDTH, dtype=torch.float64).long()
@@ -76,16 +84,20 @@ def check_destination(directory: str | os.PathLike, *, delta: bool) -> None:
         )
 
 
-def save_delta(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+def save_delta(
+    model: PreTrainedModel, directory: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the added parameters of ``model``, its configuration and its base's fingerprint."""
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise CheckpointError(
             "delta=True needs a model without adapters; this one holds layers of peft. Merge or unload the adapter."
         )
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in added_parameters(model)}
-    if not tensors:
+    added = dict(added_parameters(model))
+    if not added:
         raise CheckpointError("delta=True needs a converted model; this one is dense. Save it without delta.")
-    tensors[FINGERPRINT_KEY] = fingerprint(model)
+    values = added if state_dict is None else {name: state_dict[name] for name in added}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+    tensors[FINGERPRINT_KEY] = fingerprint(model, state_dict)
     metadata = {
         "format": "pt",
         "format_version": str(FORMAT_VERSION),
@@ -209,7 +221,7 @@ def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **opti
             f"{base!r} (fingerprint {digest(current)}). Give the right one with base=…."
         )
     install(model, cls, spec)
-    _fill(model, name, tensors)
+    fill_added(model, name, tensors)
     model.config._name_or_path = str(name)
     return model
 
@@ -231,7 +243,19 @@ def _read_delta(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _fill(model: PreTrainedModel, name: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
+def fill_from_delta(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+    """Gives the added parameters of ``model`` the values of a delta checkpoint of the same layers.
+
+    Raises:
+        CheckpointError: The delta is damaged, or describes other layers.
+    """
+    tensors, _ = _read_delta(str(Path(directory) / DELTA_NAME))
+    del tensors[FINGERPRINT_KEY]
+    fill_added(model, directory, tensors)
+
+
+def fill_added(model: PreTrainedModel, name: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Copies ``tensors`` into the added parameters of ``model``; names and shapes must be the same."""
     parameters = dict(added_parameters(model))
     if unequal := sorted(parameters.keys() ^ tensors.keys()):
         raise CheckpointError(

@@ -3,22 +3,68 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from pliant.architectures import AddedModule, added_parameters
 from pliant.errors import CheckpointError, ConfigError
-from pliant.models import checkpoint
+from pliant.models import checkpoint as files
 from pliant.models.report import ModelReport, record
 from pliant.models.selection import Layers, select_layers
 from pliant.models.spec import PliantSpec
 
 # Mixed in before a family's own class, which brings the base that only type checkers see here.
 _Base = PreTrainedModel if TYPE_CHECKING else object
+
+
+Readout = Callable[[nn.Module, Tensor], Any]
+"""Called with the LM head and the last hidden state (batch, seq, d_model), in place of the head itself."""
+
+
+class _Unhooked(nn.Module):
+    """A module without the hooks around it: FSDP's may run only once a forward, and in no inner backward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.call = module, module.forward
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.call(hidden)
+
+
+def _read(head: nn.Module, hidden: Tensor, readout: Readout) -> Any:
+    """Runs ``readout`` as the forward of ``head``, so that the hooks of the head run around all of it."""
+    before, unhooked = vars(head).get("forward"), _Unhooked(head)
+    head.forward = partial(readout, unhooked)
+    try:
+        return head(hidden)
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def with_readout(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the keyword ``readout`` to the ``forward`` of a causal LM.
+
+    What ``readout`` returns is what the forward returns: a loss that takes the logits piece by piece, say, so that
+    they never exist whole. It runs inside the forward, where wrappers (DDP, FSDP, peft, autocast) are at work.
+    """
+
+    @wraps(forward)
+    def forward_with_readout(self: Any, *args: Any, readout: Readout | None = None, **kwargs: Any) -> Any:
+        if readout is None:
+            return forward(self, *args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
+        return _read(self.lm_head, self.model(*args, **given, use_cache=False).last_hidden_state, readout)
+
+    return forward_with_readout
 
 
 class _StartValues(_Base):
@@ -49,6 +95,8 @@ class DynamicModel(_StartValues):
             self.layers[index] = layer_class(config, index, layer_config)
         if spec.layers:
             self.post_init()
+        # FSDP looks for every class that is named here, and raises for one that no layer has.
+        self._no_split_modules = {type(layer).__name__ for layer in self.layers}
 
 
 class DynamicCausalLM(_StartValues):
@@ -117,6 +165,13 @@ class DynamicCausalLM(_StartValues):
         """
         return record(self.model, self.dynamic_layers, "writes" if writes else "norms")
 
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Switches on or off that each layer runs again in the backward pass in place of keeping its activations.
+
+        The same under every version of transformers, which have several names for it.
+        """
+        self._set_gradient_checkpointing(enabled, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+
     def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:
         """Where every public switch for checkpointing ends up, whatever this version of transformers calls it.
 
@@ -139,22 +194,23 @@ class DynamicCausalLM(_StartValues):
         Args:
             save_directory: Folder to write to; made if missing.
             delta: Save only the added parameters, with the name and the fingerprint of the base.
-            options: Those of ``PreTrainedModel.save_pretrained``; with ``delta`` only ``is_main_process``.
+            options: Those of ``PreTrainedModel.save_pretrained``; with ``delta`` only ``is_main_process`` and
+                ``state_dict``.
 
         Raises:
             CheckpointError: The folder holds a checkpoint of the other kind, or there is nothing to save.
         """
-        checkpoint.check_destination(save_directory, delta=delta)
+        files.check_destination(save_directory, delta=delta)
         if delta:
-            is_main_process = options.pop("is_main_process", True)
+            is_main_process, state_dict = options.pop("is_main_process", True), options.pop("state_dict", None)
             if options:
                 raise CheckpointError(f"delta=True takes no further options; got {', '.join(options)}. Leave them out.")
             if not is_main_process:
                 return
-            checkpoint.save_delta(self, save_directory)
+            files.save_delta(self, save_directory, state_dict)
         else:
             super().save_pretrained(save_directory, **options)
-        checkpoint.save_tokenizer(self.config._name_or_path, save_directory)
+        files.save_tokenizer(self.config._name_or_path, save_directory)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *args: Any, **options: Any) -> "DynamicCausalLM":
@@ -168,6 +224,6 @@ class DynamicCausalLM(_StartValues):
         Raises:
             CheckpointError: Keys or shapes do not fit, a file is damaged, or the base is the wrong one.
         """
-        if (delta := checkpoint.find_delta(name, options)) is not None:
-            return checkpoint.load_delta(cls, name, delta, *args, **options)
-        return checkpoint.load_strictly(super().from_pretrained, name, *args, **options)
+        if (delta := files.find_delta(name, options)) is not None:
+            return files.load_delta(cls, name, delta, *args, **options)
+        return files.load_strictly(super().from_pretrained, name, *args, **options)

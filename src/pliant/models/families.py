@@ -20,7 +20,7 @@ from transformers.models.smollm3 import modeling_smollm3
 
 from pliant.architectures import ARCHITECTURES
 from pliant.errors import ConversionError
-from pliant.models.dynamic import DynamicCausalLM, DynamicModel
+from pliant.models.dynamic import DynamicCausalLM, DynamicModel, with_readout
 
 BASES = {
     "llama": (modeling_llama, "Llama"),
@@ -84,6 +84,7 @@ def _make_family(name: str) -> Family:
         config_class = config
         base_config_class = base_config
         _no_split_modules = blocks
+        forward = with_readout(base_causal_lm.forward)
 
         def __init__(self, config: PreTrainedConfig) -> None:
             super(base_causal_lm, self).__init__(config)
@@ -91,6 +92,7 @@ def _make_family(name: str) -> Family:
             self.vocab_size = config.vocab_size
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
+            self._no_split_modules = self.model._no_split_modules
 
     return Family(
         name=name,

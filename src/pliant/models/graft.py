@@ -4,6 +4,8 @@ The pliant class is built on the meta device, takes over the base's own child mo
 attributes to the caller's object. Every object that held weights, hooks or quantised state before holds them after.
 """
 
+from types import MethodType
+
 import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
@@ -79,6 +81,8 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
 def _adopt(old: nn.Module, new: nn.Module) -> None:
     """Gives ``old`` the class of ``new`` and what its constructor derived, and keeps all its other state."""
     old.__class__ = new.__class__
+    if "_old_forward" in vars(old):  # accelerate's hook calls the forward that it found
+        vars(old)["_old_forward"] = MethodType(type(new).forward, old)
     for name, value in vars(new).items():
         if name not in vars(old) or name in ("_no_split_modules", "_keep_in_fp32_modules_strict"):
             setattr(old, name, value)

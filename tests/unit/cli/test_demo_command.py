@@ -10,7 +10,7 @@ import pytest
 from pliant.architectures import NptConfig
 from pliant.cli import demo_folder, demo_rows
 from pliant.cli.demo import Plan, _at_powers_of_two, _directions
-from pliant.cli.plots import Point, draw
+from pliant.cli.plots import Point, draw, draw_training
 from pliant.errors import CheckpointError, DataError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -22,6 +22,7 @@ def test_rows_are_valid_and_one_is_kept_in_either_length():
     for quick in (False, True):
         rows = Plan.of(4096, 32_768, quick=quick).rows
         assert sum(row.is_kept for row in rows) == 1
+        assert sum(row.is_trained for row in rows) == 1
     assert len({row.name for row in demo_rows.ROWS}) == len(demo_rows.ROWS)
 
 
@@ -32,6 +33,7 @@ def test_quick_does_less_and_never_more_than_asked_for():
     assert quick.tokens < full.tokens
     assert quick.calibration_tokens < full.calibration_tokens
     assert len(quick.rows) < len(full.rows)
+    assert 0 < quick.training_steps < full.training_steps
     assert Plan.of(600, 4000, quick=True).tokens == 600
     assert Plan.of(600, 4000, quick=True).calibration_tokens == 4000
 
@@ -41,7 +43,9 @@ def test_an_own_folder_is_cleared(tmp_path):
     own = tmp_path / "demo"
     (own / demo_folder.FULL).mkdir()
     (own / demo_folder.FULL / "model.safetensors").touch()
+    (own / demo_folder.TRAINING / "run").mkdir(parents=True)
     (own / demo_folder.FIGURE).touch()
+    (own / demo_folder.TRAINING_FIGURE).touch()
     (own / "notes.txt").write_text("mine")
     demo_folder.clear(own)
     assert sorted(file.name for file in own.iterdir()) == [demo_folder.RECORD, "notes.txt"]
@@ -81,6 +85,11 @@ def test_figure_is_drawn(tmp_path, ranks):
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
+def test_the_figure_of_training_is_drawn(tmp_path):
+    draw_training({10: 0.3, 20: 0.2, 30: 0.15}, (1.2, 1.1), tmp_path / "training.png")
+    assert (tmp_path / "training.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
 @pytest.mark.parametrize(("shares", "count"), [([0.5, 0.995, 1.0], 2), ([1.0], 1), ([0.2, 0.98], 2)])
 def test_directions_for_99_percent(shares, count):
     assert _directions(shares) == count
@@ -112,6 +121,11 @@ def test_quick_demo_runs_twice_and_leaves_what_it_says(tmp_path):
     assert by_name["v1, rank 16"]["ratio"] == 1.0
     assert 1.0 < by_name["keyed, rank 192"]["ratio"] < 1.2
     assert by_name["keyed, rank 192"]["added_parameters"] == 30 * 2 * 576 * 192
+    training = record["training"]
+    assert training["name"] == "keyed, rank 128"
+    assert training["ratio_before"] == by_name["keyed, rank 128"]["ratio"]
+    assert training["curve"]
+    assert (output / demo_folder.TRAINING_FIGURE).read_bytes().startswith(PNG_SIGNATURE)
     for name in (demo_folder.FULL, demo_folder.DELTA):
         assert (output / name / "config.json").is_file()
     assert (output / demo_folder.FIGURE).read_bytes().startswith(PNG_SIGNATURE)

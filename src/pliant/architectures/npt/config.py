@@ -166,6 +166,13 @@ class NptConfig:
         """Whether calibration text gives this form its start."""
         return self.form in CLOSED_FORMS
 
+    def starts_at_layerwise_optimum(self) -> bool:
+        """Whether the closed form already matches the base layer by layer as well as any training can.
+
+        The error of ``keyed`` is ``(U D − I) a`` exactly, which the leading eigenvectors of ``E[a aᵀ]`` minimise.
+        """
+        return self.form == "keyed"
+
     @property
     def needs_linear_projections(self) -> bool:
         """Whether ``W (x + y) = W x + W y`` must hold for the base's projections."""

@@ -1,0 +1,177 @@
+"""From a run's configuration to the model that is trained."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from pliant.config import RunConfig
+from pliant.conversion import convert
+from pliant.data import read_text, token_windows
+from pliant.errors import ConfigError, DataError
+from pliant.models import DynamicCausalLM, fresh, load, resolve_base
+from pliant.training.checkpoints import last_checkpoint
+from pliant.training.plan import is_sharded
+
+logger = logging.getLogger(__name__)
+
+START = "start"
+"""Folder in the run's for the converted model that adapters are trained on."""
+PLASTIC = "plastic"
+"""What NPT layers call their modulation; peft must train and save it whole."""
+
+
+def build_model(config: RunConfig) -> tuple[Any, DynamicCausalLM | None]:
+    """Returns the model, only what ``training.trainable`` names trainable, and a teacher if one is needed.
+
+    A run that resumes takes its layers from its last checkpoint, and reads no calibration text again.
+
+    Raises:
+        PliantError: A part of the configuration cannot be met; which one the message says.
+    """
+    training = config.training
+    checkpoint = last_checkpoint(training.output_dir) if training.resume else None
+    if training.trainable == "lora":
+        model = _adapted(config, resumed=checkpoint is not None)
+    else:
+        model = _load(config, str(checkpoint)) if checkpoint is not None else _start(config)
+        if training.trainable == "modulation":
+            model.freeze_base()
+        else:
+            model.requires_grad_(True)
+    teacher = None
+    if training.trainable == "all" and training.objective == "equivalence":
+        teacher = _load(config, config.model.base_model_name)
+        teacher.requires_grad_(False).eval()
+    if training.compile_model:
+        compile_layers(model)
+    return model, teacher
+
+
+def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of the model that a run trains.
+
+    Raises:
+        DataError: It has none that can be read.
+    """
+    name = resolve_base(config.model.checkpoint_path or config.model.base_model_name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"model.base_model_name={name!r} must have a tokenizer to read text with; none can be read ({error}). "
+            "Put its files beside the model."
+        ) from error
+
+
+def compile_layers(model: Any) -> None:
+    """Compiles every decoder layer in place: layers share one graph, and names and checkpoints stay as they are."""
+    dynamic = model if isinstance(model, DynamicCausalLM) else model.get_base_model()
+    for layer in dynamic.model.layers:
+        layer.compile()
+
+
+def _start(config: RunConfig) -> DynamicCausalLM:
+    """The model before its first step: loaded or fresh, and converted unless it already is."""
+    options, training = config.model, config.training
+    if options.init == "scratch":
+        model: Any = fresh(options.base_model_name, options.sizes, seed=training.seed).to(_device())
+    else:
+        model = _load(config, options.checkpoint_path or options.base_model_name)
+    if config.model_type == "npt" and options.checkpoint_path is None:
+        _convert(model, config)
+    return model
+
+
+def _convert(model: DynamicCausalLM, config: RunConfig) -> None:
+    options = config.model
+    calibration = None
+    if options.calibration is not None:
+        tokenizer = tokenizer_for(config)
+        calibration = token_windows(
+            read_text(options.calibration), tokenizer, num_tokens=options.calibration_tokens, window=512
+        )
+    layers = options.layer_selection
+    convert(model, None if isinstance(layers, dict) else options.npt, layers=layers, calibration=calibration)
+    if PartialState().num_processes > 1:  # eigenvectors differ between machines, and FSDP takes a shard from each
+        for _, parameter in model.dynamic_parameters():
+            parameter.data.copy_(broadcast(parameter.data.to(_device())))
+
+
+def _load(config: RunConfig, name: str) -> DynamicCausalLM:
+    options, training = config.model, config.training
+    given: dict[str, Any] = {"dtype": held_dtype(config)}
+    if options.quantization != "none":
+        given["quantization_config"] = _quantization(options.quantization, given["dtype"])
+    if options.device_map is not None:
+        given["device_map"] = options.device_map
+    elif options.quantization != "none" and torch.cuda.is_available():
+        given["device_map"] = {"": PartialState().device}
+    if training.use_flash_attention:
+        given["attn_implementation"] = "flash_attention_2"
+    model: Any = load(name, **given)
+    if options.quantization != "none":
+        _keep_packing(model)
+    elif options.device_map is None and not is_sharded():  # FSDP takes it there, piece by piece
+        model.to(_device())
+    return model
+
+
+def held_dtype(config: RunConfig) -> torch.dtype:
+    """What the weights are held in: fp32 where the base is trained, else what mixed precision asks for."""
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    if config.training.trainable == "all":
+        return torch.float32
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.mixed_precision]
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _keep_packing(model: DynamicCausalLM) -> None:
+    """Keeps bitsandbytes from repacking weights for inference on a CPU, after which they have no gradient."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _adapted(config: RunConfig, *, resumed: bool) -> Any:
+    """A peft model with LoRA adapters; on a converted one the modulation is trained beside them."""
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError as error:
+        raise ConfigError(
+            "training.trainable=lora needs peft, which is not installed: pip install 'pliant[peft]'."
+        ) from error
+    training = config.training
+    start = Path(training.output_dir) / START
+    model = _load(config, str(start)) if resumed and start.exists() else _start(config)
+    converted = bool(model.spec.layers)
+    if converted and not start.exists() and PartialState().is_main_process:
+        model.save_pretrained(start, delta=True)
+    PartialState().wait_for_everyone()
+    if converted:
+        model.config._name_or_path = str(start)  # what the adapters record as their base
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=training.lora_rank,
+        lora_alpha=training.lora_alpha,
+        lora_dropout=training.lora_dropout,
+        target_modules=list(training.lora_targets),
+        modules_to_save=[PLASTIC] if converted else None,
+    )
+    return get_peft_model(model, lora)
+
+
+def _device() -> Any:
+    return PartialState().device

@@ -1,0 +1,18 @@
+"""What happens beside the training loop: metrics, progress, stop signals, samples, and checks of the numbers."""
+
+from pliant.training.callbacks.finite import FiniteGuard, last_good
+from pliant.training.callbacks.metrics_file import MetricsFile
+from pliant.training.callbacks.norms import modulation_norms
+from pliant.training.callbacks.progress import RunProgress
+from pliant.training.callbacks.samples import GenerationSamples
+from pliant.training.callbacks.signals import StopSignals
+
+__all__ = [
+    "FiniteGuard",
+    "GenerationSamples",
+    "MetricsFile",
+    "RunProgress",
+    "StopSignals",
+    "last_good",
+    "modulation_norms",
+]
