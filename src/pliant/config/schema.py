@@ -377,7 +377,8 @@ class RunConfig:
         self._check_trainable()
         if self.data.streaming and self.training.max_steps is None:
             raise ConfigError(
-                "data.streaming=true needs training.max_steps, as the length of a stream is not known; got null. Set it."
+                "data.streaming=true needs training.max_steps, as the length of a stream is not known; got null. "
+                "Set it."
             )
 
     def _check_layers(self) -> None:

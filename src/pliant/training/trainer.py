@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -69,6 +70,11 @@ class PliantTrainer(Trainer):
         self._items, self._rows, self.last_log = 0, [], time.monotonic()
         with _trainable_quantised(self.dynamic):
             super().__init__(model=model, processing_class=tokenizer, **options)
+        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+            # accelerate's own would round losses, scores and sums of gradients too.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=policy.param_dtype, reduce_dtype=torch.float32
+            )
         self.model_accepts_loss_kwargs = False  # losses are scaled here, in compute_loss
         self.add_callback(_RunEvents(self))
 
