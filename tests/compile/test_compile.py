@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from pliant.config import TrainingConfig
+from pliant.training.objectives import OBJECTIVES, Student
+
 TOLERANCE = 1e-5
 OPTIONS: dict[str, dict[str, Any]] = {"outer": {"targets": "all", "num_updates": 2}}
 INDUCTOR_FORM = "keyed"
@@ -117,3 +120,25 @@ def test_base_mode_is_compiled_as_the_base(
     with model.base_mode():
         assert torch.allclose(compiled(prompt, use_cache=False).logits, base, atol=1e-4)
     assert torch.allclose(compiled(prompt, use_cache=False).logits, expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look at inputs
+@pytest.mark.parametrize("objective", ["layerwise", "end_to_end"])
+def test_compiled_layers_learn_as_plain_ones(
+    make_converted: Callable[..., Any], prompt: Tensor, objective: str
+) -> None:
+    batch = {"input_ids": prompt, "labels": prompt}
+    results = []
+    for compiled in (False, True):
+        model = make_converted("v2").freeze_base().train()
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile(backend="aot_eager")
+        student = Student(wrapped=model, model=model, adapted=None, teacher=None, config=TrainingConfig())
+        for _ in range(2):  # the second step runs what the first has compiled
+            model.zero_grad()
+            loss = OBJECTIVES[objective](student, batch)["loss"]
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for _, p in model.dynamic_parameters())])
+    for plain, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)

@@ -8,70 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from peft import AutoPeftModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import pliant
-from pliant.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from pliant.config import RunConfig
 from pliant.errors import CheckpointError, ConfigError, TrainingError
 from pliant.training import train
 from pliant.training.checkpoints import STAGING, last_checkpoint, restore
 
 STEPS = 8
-
-
-@pytest.fixture
-def base(tmp_path: Path, make_base: Callable[..., Any], tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny base on disk, tokenizer included."""
-    make_base("llama").save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """Sixty documents of counting numbers: easily learnt."""
-    lines = (json.dumps({"text": " ".join(str(2 + (i + j) % 90) for j in range(10 + i % 17))}) for i in range(60))
-    file = tmp_path / "texts.jsonl"
-    file.write_text("\n".join(lines), encoding="utf-8")
-    return file
-
-
-@pytest.fixture
-def calibration(tmp_path: Path) -> Path:
-    """Text for the closed form of tiny keyed layers."""
-    file = tmp_path / "calibration.txt"
-    file.write_text(" ".join(str(2 + (7 * i * i + 3 * i) % 90) for i in range(40_000)), encoding="utf-8")
-    return file
-
-
-@pytest.fixture
-def configure(tmp_path: Path, base: Path, texts: Path, calibration: Path) -> Callable[..., RunConfig]:
-    """A function that makes the configuration of a run of eight steps."""
-
-    def make(
-        out: str = "run",
-        *,
-        model_type: str = "npt",
-        model: dict | None = None,
-        data: dict | None = None,
-        **training: Any,
-    ) -> RunConfig:
-        preset = (model or {}).get("preset", "keyed")
-        is_closed = model_type == "npt" and preset.startswith("keyed")
-        closed = {"calibration": str(calibration), "calibration_tokens": 8_192} if is_closed else {}
-        return RunConfig(
-            model_type=model_type,
-            model=ModelConfig(
-                base_model_name=str(base), **{"preset": "keyed", "adapter_rank": 8, **closed, **(model or {})}
-            ),
-            data=DataConfig(dataset_name=str(texts), max_length=16, **{"validation_fraction": 0.2, **(data or {})}),
-            training=TrainingConfig(
-                output_dir=str(tmp_path / out),
-                **{"max_steps": STEPS, "batch_size": 2, "lr": 1e-2, "log_steps": 2, **training},
-            ),
-        )
-
-    return make
 
 
 def base_hash(model: Any) -> str:
@@ -176,6 +123,20 @@ class _interrupting:
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()
+
+
+@pytest.mark.parametrize("model_type", ["dense", "npt"])
+def test_adapters_load_in_every_way_to_the_model_that_was_trained(
+    configure: Callable[..., RunConfig], prompt: Tensor, model_type: str
+) -> None:
+    options = {"model": {"preset": "v1"}} if model_type == "npt" else {}
+    result = train(configure(model_type=model_type, objective="causal_lm", trainable="lora", **options))
+    assert result.after["eval_loss"] < result.before["eval_loss"]
+    with torch.no_grad():
+        expected = result.model.eval()(prompt).logits
+    for load in (pliant.load, AutoModelForCausalLM.from_pretrained, AutoPeftModelForCausalLM.from_pretrained):
+        with torch.no_grad():
+            torch.testing.assert_close(load(result.best).eval()(prompt).logits, expected)
 
 
 def test_accumulated_micro_batches_weigh_every_token_alike(configure: Callable[..., RunConfig]) -> None:

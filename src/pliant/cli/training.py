@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from pliant.cli.console import hush_transformers, results, say_error
+from pliant.cli.console import hush_transformers, notes, results, say_error
 from pliant.errors import ConfigError, PliantError
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ def _hydra_main(arguments: list[str]) -> None:
     from pliant.config.composition import HYDRA_VERSION, to_run_config
 
     failures: list[PliantError | OSError] = []
+    signals: list[int] = []
 
     @hydra.main(config_path="pkg://pliant.conf", version_base=HYDRA_VERSION)
     def job(composed: Any) -> None:
@@ -188,7 +189,8 @@ def _hydra_main(arguments: list[str]) -> None:
         if is_sweep and not _names_folder(own.overrides.task):
             composed.training.output_dir = str(Path(own.sweep.dir) / own.sweep.subdir)
         try:
-            _run(to_run_config(composed))
+            if (stopped_by := _run(to_run_config(composed))) is not None:
+                signals.append(stopped_by)
         except (PliantError, OSError) as error:  # Hydra would add a line of its own
             failures.append(error)
             if is_sweep:
@@ -205,6 +207,8 @@ def _hydra_main(arguments: list[str]) -> None:
         raise typer.Exit(1)
     if failures:
         raise failures[0]
+    if signals:
+        raise typer.Exit(128 + signals[0])
 
 
 @contextmanager
@@ -230,22 +234,33 @@ def _show_plan(config: "RunConfig") -> None:
     show_plan(make_plan(config))
 
 
-def _run(config: "RunConfig") -> None:
+def _run(config: "RunConfig") -> int | None:
+    """Trains, says what came of it, and returns the signal that stopped it, if one did."""
     from pliant.training.run import train as run_training
 
-    result = run_training(config)
+    result = run_training(config, console=notes)
     if int(os.environ.get("RANK", "0")) == 0:  # one process speaks for all
         _show_result(result)
+    return result.stopped_by
+
+
+SHOWN_METRICS = {
+    "validation perplexity": "eval_perplexity",
+    "over that of the base": "eval_ratio",
+    "KL from the base, nats": "eval_kl",
+}
+"""What the table at the end shows of an evaluation."""
 
 
 def _show_result(result: "TrainingResult") -> None:
     """Prints what a run came to, and the next command to type."""
     saved = result.best or result.checkpoint
-    before, after = (_number(metrics.get("eval_perplexity")) for metrics in (result.before, result.after))
     table = Table(show_header=False, title="trained")
     table.add_row("steps", f"{result.steps:,}")
-    table.add_row("validation loss", _number(result.after.get("eval_loss")))
-    table.add_row("validation perplexity", f"{before} before, {after} after")
+    for name, key in SHOWN_METRICS.items():
+        if key in result.after:
+            before, after = (_number(metrics.get(key)) for metrics in (result.before, result.after))
+            table.add_row(name, f"{before} before, {after} after")
     table.add_row("saved", str(saved or "nothing"))
     results.print(table)
     if result.stopped_by is not None:

@@ -7,7 +7,7 @@ that an unknown key is an error everywhere.
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -97,6 +97,20 @@ def to_run_config(composed: Any) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """Returns every setting as YAML; :func:`compose` of that file gives ``config`` again."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Returns every setting by its dotted key."""
+
+    def walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in section.items():
+            if f"{prefix}{name}" in sections:
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    sections = {key for key, kind in schema_keys().items() if is_dataclass(kind)}
+    return dict(walk(asdict(config), ""))
 
 
 def recipes() -> list[str]:

@@ -294,4 +294,6 @@ def _no_schema(member: Member, columns: list[str]) -> DataError:
 
 
 def _near(name: str) -> str:
+    if name in DATASETS:
+        return ""
     return nearest(name, [*DATASETS, EMBEDDED, *(source.hub_id for source in DATASETS.values())])

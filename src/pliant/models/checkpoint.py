@@ -160,6 +160,8 @@ def _local(name: str, file: str) -> str | None:
     folder = Path(name)
     if folder.is_dir():
         return str(folder / file) if (folder / file).exists() else None
+    if folder.is_absolute() or len(folder.parts) > 2:  # no hub id: a folder that is gone
+        return None
     return _find(name, file, local_files_only=True)
 
 
@@ -197,6 +199,7 @@ def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **opti
     if options.get("dtype", "auto") == "auto" and config.dtype is not None:
         options["dtype"] = config.dtype
     spec = PliantSpec.of(config)
+    adapter = options.pop("adapter_kwargs", {}).get("_adapter_model_path")  # as the Auto classes pass adapters of peft
     other = options.pop("base", None)
     base = other or spec.base.get("name")
     if not base:
@@ -223,6 +226,8 @@ def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **opti
     install(model, cls, spec)
     fill_added(model, name, tensors)
     model.config._name_or_path = str(name)
+    if adapter is not None:
+        model.load_adapter(adapter)
     return model
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from pliant.errors import CheckpointError, ConfigError
 from pliant.models.bases import recorded_name, resolve_base
@@ -19,6 +21,8 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_at
 
 def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **options: Any) -> DynamicCausalLM:
     """Loads a base or a pliant checkpoint as a pliant model: ``dense`` if it was never converted.
+
+    A folder with adapters of peft gives the model that they were trained on, with the adapters active.
 
     Args:
         name: A directory, a hub id, or ``"smollm2-135m"``, the base that a Python package carries.
@@ -37,6 +41,8 @@ def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
         raise ConfigError(f"attn_implementation must be one of {', '.join(ATTENTION)}; got {attention!r}.")
     try:
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        if find_adapter_config_file(path, **hub) is not None:
+            return _load_adapted(path, dtype=dtype, **options)
         config = _read_config(path, **hub)
         family = family_of(config)
         if not isinstance(config, family.config):
@@ -54,6 +60,19 @@ def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
             f"attn_implementation={attention!r} needs a package that is not installed: {error} "
             "Install it, or use attn_implementation='sdpa'."
         ) from error
+
+
+def _load_adapted(path: str, **options: Any) -> DynamicCausalLM:
+    if not is_peft_available():
+        raise ConfigError(f"{path!r} holds adapters, which need peft: pip install 'pliant[peft]'")
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        raise CheckpointError(f"{path!r} holds adapters that name no base. Load the base, then its load_adapter.")
+    model: Any = load(base, **options)
+    model.load_adapter(path)
+    return model
 
 
 def _read_config(path: str, **hub: Any) -> PreTrainedConfig:

@@ -63,8 +63,8 @@ def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"model.base_model_name={name!r} must have a tokenizer to read text with; none can be read ({error}). "
-            "Put its files beside the model."
+            f"model.base_model_name={name!r} must have a tokenizer to read text with; none can be read ({error}). For "
+            "a hub id connect, or download it beforehand; for a folder put its files beside the model."
         ) from error
 
 
@@ -133,7 +133,9 @@ def held_dtype(config: RunConfig) -> torch.dtype:
 def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _keep_packing(model: DynamicCausalLM) -> None:
@@ -161,7 +163,7 @@ def _adapted(config: RunConfig, *, resumed: bool) -> Any:
         model.save_pretrained(start, delta=True)
     PartialState().wait_for_everyone()
     if converted:
-        model.config._name_or_path = str(start)  # what the adapters record as their base
+        model.name_or_path = str(start.absolute())  # what the adapters record as their base
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=training.lora_rank,

@@ -60,7 +60,7 @@ def divergence(
     def piece_loss(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         log_expected = teacher_head(teacher_hidden[part]).float().log_softmax(-1)
         log_p, expected = logits.log_softmax(-1), log_expected.exp()
-        value = (expected * log_expected.sub_(log_p)).sum()
+        value = expected.flatten() @ log_expected.sub_(log_p).flatten()
         return value, log_p.exp_().sub_(expected)
 
     return summed(head, hidden, piece_loss)

@@ -1,6 +1,7 @@
 """``pliant.train``: a run from its configuration to its last checkpoint."""
 
 import logging
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,13 @@ from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
 from pliant.config import RunConfig
-from pliant.config.composition import compose, to_yaml
+from pliant.config.composition import compose, flatten, to_yaml
 from pliant.data import TrainingData, training_data
 from pliant.errors import ConfigError
 from pliant.training import checkpoints
 from pliant.training.build import build_model, tokenizer_for
 from pliant.training.callbacks import GenerationSamples, MetricsFile, RunProgress, StopSignals
-from pliant.training.plan import make_plan
+from pliant.training.plan import compute_device_type, make_plan
 from pliant.training.trainer import PliantTrainer
 
 logger = logging.getLogger(__name__)
@@ -78,10 +79,18 @@ def train(
         raise ConfigError("overrides change a named configuration; got a RunConfig too. Set its fields instead.")
     make_plan(config)
     state = PartialState()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise ConfigError(
+            f"WORLD_SIZE={launched} processes were launched, and accelerate sees {state.num_processes}; each would train "
+            "a model of its own. On CPUs set ACCELERATE_USE_CPU=true."
+        )
     folder = Path(config.training.output_dir)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.clear_staging(folder)
+        if config.training.resume:
+            _warn_of_other_settings(config, folder)
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
     state.wait_for_everyone()
     resume_from = checkpoints.last_checkpoint(folder) if config.training.resume else None
@@ -105,6 +114,20 @@ def train(
         tokenizer=tokenizer,
     )
     return _run(trainer, config, resume_from, console)
+
+
+def _warn_of_other_settings(config: RunConfig, folder: Path) -> None:
+    """Names the settings that differ from those the run was begun with: then it cannot equal an unbroken run."""
+    if not (folder / CONFIG_FILE).is_file():
+        return
+    before = flatten(compose(str(folder / CONFIG_FILE)))
+    changed = [
+        f"{key}: {before.get(key)} → {value}"
+        for key, value in flatten(config).items()
+        if before.get(key) != value and key != "training.resume"
+    ]
+    if changed:
+        logger.warning("resumed with other settings than the run began with: %s", "; ".join(changed))
 
 
 def _run(
@@ -154,7 +177,7 @@ def _arguments(config: RunConfig, *, resumed: bool) -> TrainingArguments:
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.lr,
         max_grad_norm=training.max_grad_norm,
-        use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
+        use_cpu=compute_device_type() == "cpu",  # else it refuses bf16 there
         bf16=trains_base and training.mixed_precision == "bf16",
         fp16=training.mixed_precision == "fp16",
         logging_steps=training.log_steps,

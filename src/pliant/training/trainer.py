@@ -70,10 +70,11 @@ class PliantTrainer(Trainer):
         self._items, self._rows, self.last_log = 0, [], time.monotonic()
         with _trainable_quantised(self.dynamic):
             super().__init__(model=model, processing_class=tokenizer, **options)
-        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.mixed_precision_policy is not None:
             # accelerate's own would round losses, scores and sums of gradients too.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=policy.param_dtype, reduce_dtype=torch.float32
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
             )
         self.model_accepts_loss_kwargs = False  # losses are scaled here, in compute_loss
         self.add_callback(_RunEvents(self))
@@ -244,9 +245,9 @@ class PliantTrainer(Trainer):
         if not self.args.should_save:
             return
         target = output_dir or str(self.folder)
+        self.tokenizer.save_pretrained(target)  # first: the folder that a resumed model came from may be gone
         if self.adapted is not None:
             self.adapted.save_pretrained(target, state_dict=state_dict)
-            self.tokenizer.save_pretrained(target)
         else:
             self.dynamic.save_pretrained(target, delta=self.saves_delta, state_dict=state_dict)
 

@@ -31,7 +31,7 @@ def trained(monkeypatch):
     """The configurations of the runs that were started; none trains."""
     configs: list[RunConfig] = []
 
-    def train(config: RunConfig) -> TrainingResult:
+    def train(config: RunConfig, **_) -> TrainingResult:
         configs.append(config)
         folder = Path(config.training.output_dir)
         return result(output_dir=folder, best=folder / "checkpoint-best")
@@ -45,8 +45,8 @@ def result(**fields):
         "model": None,
         "output_dir": Path("outputs/run"),
         "steps": 1234,
-        "before": {"eval_perplexity": 23.456, "eval_loss": 3.155},
-        "after": {"eval_perplexity": 12.345, "eval_loss": 2.513},
+        "before": {"eval_perplexity": 23.456, "eval_ratio": 1.9},
+        "after": {"eval_perplexity": 12.345, "eval_ratio": 1.01},
         "checkpoint": Path("outputs/run/checkpoint-1234"),
         "best": None,
         "stopped_by": None,
@@ -68,7 +68,7 @@ def test_the_defaults_are_a_run(run, trained):
 
 def test_what_a_run_came_to_is_shown_with_the_next_command(run, trained):
     text = run("train", "training.output_dir=a b").stdout
-    assert all(word in text for word in ("1,234", "2.513", "23.456 before, 12.345 after"))
+    assert all(word in text for word in ("1,234", "23.456 before, 12.345 after", "1.900 before, 1.010 after"))
     assert "Next:  pliant chat 'a b/checkpoint-best'" in text
 
 
@@ -77,14 +77,18 @@ def test_what_a_run_came_to_is_shown_with_the_next_command(run, trained):
     [
         ({"before": {}}, "not measured before, 12.345 after"),
         ({}, "Next:  pliant chat outputs/run/checkpoint-1234"),
-        ({"stopped_by": signal.SIGTERM}, "--resume"),
         ({"checkpoint": None, "after": {}}, "nothing"),
         ({"after": {"eval_perplexity": 49152.0}}, "49,152 after"),
     ],
 )
 def test_what_a_run_came_to_may_be_less(run, monkeypatch, fields, word):
-    monkeypatch.setattr("pliant.training.run.train", lambda _: result(**fields))
+    monkeypatch.setattr("pliant.training.run.train", lambda *_, **__: result(**fields))
     assert word in run("train").stdout
+
+
+def test_a_run_that_a_signal_stopped_says_how_to_go_on_and_exits_as_the_signal_does(run, monkeypatch):
+    monkeypatch.setattr("pliant.training.run.train", lambda *_, **__: result(stopped_by=signal.SIGTERM))
+    assert "--resume" in run("train", exit_code=128 + signal.SIGTERM).stdout
 
 
 def test_only_the_first_process_speaks(run, trained, monkeypatch):
@@ -211,7 +215,7 @@ def test_what_is_wrong_is_one_line(run, trained, folder, arguments, words):
 
 @pytest.mark.parametrize("error", [DataError("the texts are too short"), OSError("no space left")])
 def test_what_training_raises_is_one_line(run, monkeypatch, error):
-    def fail(_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("pliant.training.run.train", fail)
@@ -221,7 +225,7 @@ def test_what_training_raises_is_one_line(run, monkeypatch, error):
 def test_a_sweep_goes_on_after_a_job_that_failed(run, monkeypatch):
     seeds = []
 
-    def fail_once(config):
+    def fail_once(config, **_):
         seeds.append(config.training.seed)
         if config.training.seed == 1:
             raise DataError("the texts are too short")
@@ -234,7 +238,7 @@ def test_a_sweep_goes_on_after_a_job_that_failed(run, monkeypatch):
 
 
 def test_a_bug_is_not_hidden(run, monkeypatch):
-    def fail(_):
+    def fail(*_, **__):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("pliant.training.run.train", fail)
