@@ -1,12 +1,13 @@
 r"""Claim: how near to its base a converted model gets in half an hour of training on two cores.
 
-Trains the modulation alone, towards the frozen base, on text without any labels, and measures the model before and
-after: WikiText-2 perplexity over the base's (first 12,288 tokens, windows of 512, fp32), LAMBADA (500 passages), the
+Trains the modulation alone, towards the frozen base, on text without any labels, and measures the model after it beside
+its base: WikiText-2 perplexity over the base's (first 12,288 tokens, windows of 512, fp32), LAMBADA (500 passages), the
 length of the greedy prefix that it shares with the base, and n-gram entropy. The training text is the embedded English
 text without LAMBADA's passages and, with --domain, a file of the domain that is measured, such as WikiText-2's
 validation file (never its test file); keyed forms are calibrated on that file too.
 
-A run that is stopped goes on where it was. Core-minutes are processor time: 30 minutes on two cores are 60.
+A run that is stopped goes on where it was. Core-minutes are processor time, noted where one session took all the steps:
+30 minutes on two cores are 60.
 
 Usage: python benchmarks/equivalence_training.py --name keyed-64 --text wikitext-2/test.txt \
            --domain wikitext-2/valid.txt
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from quality import passages, qualities
-from record import environment, save
+from record import environment, finished, save
 from transformers import AutoTokenizer
 
 import pliant
@@ -48,11 +49,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = configure(arguments)
-    start, processor = time.perf_counter(), time.process_time()
+    is_first_session, processor = not Path(config.training.output_dir).exists(), time.process_time()
     result = pliant.train(config)
-    seconds, core_seconds = time.perf_counter() - start, time.process_time() - processor
-    run = result.output_dir
-    logs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    core_minutes = (time.process_time() - processor) / 60
+    logs, seconds = finished(result)
+    run, steps = result.output_dir, result.steps
     del result
 
     tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint-best")
@@ -66,9 +67,9 @@ def main() -> None:
             "environment": environment(),
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
             "trained_parameters": sum(p.numel() for _, p in model.dynamic_parameters()),
-            "tokens": arguments.steps * arguments.batch_size * WINDOW,
+            "tokens": steps * arguments.batch_size * WINDOW,
             "seconds": seconds,
-            "core_minutes": core_seconds / 60,
+            "core_minutes": core_minutes if is_first_session else None,
             "after": after,
             "curve": [
                 {"step": line["step"], "ratio": line["eval_ratio"], "kl": line["eval_kl"]}

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from distillation_cost import resident_peak, restart_with_allocator, stepper
-from record import RESULTS, environment, save
+from record import RESULTS, environment, finished, save
 
 import pliant
 from pliant.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -88,6 +88,7 @@ def run(result: dict[str, Any], method: str, lr: float, seed: int, arguments: ar
     folder = arguments.work / f"{method.replace(' ', '-').replace(',', '')}-{lr}-{seed}"
     start = time.process_time()
     trained = pliant.train(configure(method, lr, seed, arguments, folder))
+    finished(trained)
     result["runs"].append(
         {
             "method": method,

@@ -6,20 +6,19 @@ stopped goes on where it was. Usage: python benchmarks/from_scratch.py
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
-from record import environment, save
+from record import environment, finished, save
 from transformers import AutoTokenizer
 
 import pliant
 from pliant.config import RunConfig
 from pliant.config.composition import compose
 from pliant.data import training_data
+from pliant.data.packing import IGNORED
 from pliant.training.build import tokenizer_for
-from pliant.training.readout import IGNORED
 
 PROMPTS = ("The city was founded in", "She looked at the door and")
 
@@ -30,7 +29,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--model-type", default="dense")
     parser.add_argument("--name", default="50m")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmarks"))
     arguments = parser.parse_args()
@@ -52,11 +50,11 @@ def main() -> None:
     )
     entropy = unigram_entropy(config)
     print(f"unigram entropy {entropy:.3f} nats", flush=True)
-    start, processor = time.perf_counter(), time.process_time()
+    is_first_session, processor = not Path(config.training.output_dir).exists(), time.process_time()
     result = pliant.train(config)
     minutes = (time.process_time() - processor) / 60
+    logs, seconds = finished(result)
     loss = result.after["eval_loss"]
-    logs = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
     parameters = result.model.num_parameters()
     print(f"{parameters:,} parameters, validation loss {loss:.3f}, {entropy - loss:.3f} below unigram", flush=True)
     save(
@@ -64,9 +62,9 @@ def main() -> None:
         {
             "environment": environment(),
             "parameters": parameters,
-            "tokens": arguments.steps * arguments.batch_size * arguments.accumulation * config.data.max_length,
-            "seconds": time.perf_counter() - start,
-            "core_minutes": minutes,
+            "tokens": result.steps * arguments.batch_size * arguments.accumulation * config.data.max_length,
+            "seconds": seconds,
+            "core_minutes": minutes if is_first_session else None,
             "unigram_entropy": entropy,
             "validation_loss": loss,
             "validation_perplexity": result.after["eval_perplexity"],

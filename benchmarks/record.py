@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pliant.training import TrainingResult
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -23,6 +25,18 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "accelerate")},
     }
+
+
+def finished(run: TrainingResult) -> tuple[list[dict[str, Any]], float]:
+    """Returns the log of a run, and the seconds of training that all its sessions took together.
+
+    Raises:
+        SystemExit: A signal stopped it; the same command goes on with it.
+    """
+    if run.stopped_by is not None:
+        raise SystemExit(f"stopped by {run.stopped_by.name} at step {run.steps}; run the same command again to go on")
+    logs = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return logs, max(line["time"] for line in logs)
 
 
 def save(name: str, result: dict[str, Any]) -> None:

@@ -50,14 +50,12 @@ def configure(tmp_path: Path, base: Path, texts: Path, calibration_text: Path) -
         data: dict | None = None,
         **training: Any,
     ) -> RunConfig:
-        preset = (model or {}).get("preset", "keyed")
-        is_closed = model_type == "npt" and preset.startswith("keyed")
-        closed = {"calibration": str(calibration_text), "calibration_tokens": 8_192} if is_closed else {}
+        chosen = {"preset": "keyed", "adapter_rank": 8, **(model or {})} if model_type == "npt" else dict(model or {})
+        if chosen.get("preset", "").startswith("keyed") and "checkpoint_path" not in chosen:
+            chosen = {"calibration": str(calibration_text), "calibration_tokens": 8_192, **chosen}
         return RunConfig(
             model_type=model_type,
-            model=ModelConfig(
-                base_model_name=str(base), **{"preset": "keyed", "adapter_rank": 8, **closed, **(model or {})}
-            ),
+            model=ModelConfig(base_model_name=str(base), **chosen),
             data=DataConfig(dataset_name=str(texts), max_length=16, **{"validation_fraction": 0.2, **(data or {})}),
             training=TrainingConfig(
                 output_dir=str(tmp_path / out),

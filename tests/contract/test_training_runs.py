@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pliant
 from pliant.config import RunConfig
 from pliant.errors import CheckpointError, ConfigError, TrainingError
 from pliant.training import train
-from pliant.training.checkpoints import STAGING, last_checkpoint, restore
+from pliant.training.checkpoints import STAGING, last_checkpoint, restore, staged
 
 STEPS = 8
 
@@ -170,7 +173,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows_and_checkpoint(
 
 
 def test_a_signal_saves_and_a_resumed_run_goes_on(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
-    import os
     import signal
 
     from pliant.training.trainer import PliantTrainer
@@ -284,3 +286,110 @@ def test_a_checkpoint_of_another_run_is_refused(configure: Callable[..., RunConf
     other = train(configure("other", max_steps=1, model={"preset": "v2"}))
     with pytest.raises(CheckpointError, match="do not belong together"):
         restore(keyed.model, other.checkpoint)
+
+
+def test_a_run_over_a_trained_base_saves_all_of_the_model(configure: Callable[..., RunConfig]) -> None:
+    first = train(configure("first", objective="causal_lm", trainable="all"))
+    second_config = configure("second", objective="causal_lm", model={"checkpoint_path": str(first.best)})
+    with pytest.raises(ConfigError, match="save_delta=true needs a base to load the delta over"):
+        train(replace(second_config, training=replace(second_config.training, save_delta=True)))
+    second = train(second_config)
+    loaded = pliant.load(second.best)
+    assert base_hash(loaded) == base_hash(first.model)
+    for (name, expected), (_, found) in zip(
+        second.model.dynamic_parameters(), loaded.dynamic_parameters(), strict=True
+    ):
+        assert torch.equal(expected, found), name
+    with pytest.raises(ConfigError, match=r"needs the base of model\.checkpoint_path"):
+        train(configure("third", trainable="all", model={"checkpoint_path": str(first.best)}))
+
+
+def test_a_converted_dense_checkpoint_is_the_base_of_its_delta(configure: Callable[..., RunConfig]) -> None:
+    dense = train(configure("dense", model_type="dense", objective="causal_lm", trainable="all"))
+    config = configure("converted")
+    config.model.base_model_name = str(dense.best)
+    converted = train(config)
+    assert (converted.best / "pliant_delta.safetensors").exists()
+    assert base_hash(pliant.load(converted.best)) == base_hash(dense.model)
+
+
+def test_the_teacher_of_a_checkpoint_is_its_own_base(configure: Callable[..., RunConfig]) -> None:
+    first = train(configure("first", max_steps=2))
+    config = configure("second", trainable="all", model={"checkpoint_path": str(first.best)})
+    config.model.base_model_name = "smollm2-135m"  # the default, and another model
+    second = train(config)
+    assert second.before["eval_base_perplexity"] == pytest.approx(first.before["eval_base_perplexity"])
+
+
+def test_a_finished_run_takes_no_further_step(configure: Callable[..., RunConfig], files_of: Any) -> None:
+    config = configure(save_steps=4)
+    finished = train(config)
+    before = {n: h for n, h in files_of(finished.output_dir).items() if n.startswith("checkpoint")}
+    config.training.resume = True
+    again = train(config)
+    assert again.steps == STEPS
+    assert again.after == finished.after
+    assert {n: h for n, h in files_of(finished.output_dir).items() if n.startswith("checkpoint")} == before
+    for expected, found in zip(finished.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+    config.training.max_steps = STEPS + 2
+    assert train(config).steps == STEPS + 2
+
+
+def test_a_resumed_run_keeps_the_settings_that_decide_it(configure: Callable[..., RunConfig]) -> None:
+    config = configure(max_steps=2)
+    folder = train(config).output_dir
+    saved = (folder / "config.yaml").read_text()
+    other = configure(max_steps=4, resume=True, model={"adapter_rank": 4})
+    with pytest.raises(ConfigError, match=r"model.adapter_rank must be what .*config.yaml says.*8; got 4"):
+        train(other)
+    assert (folder / "config.yaml").read_text() == saved
+
+
+def test_adapters_need_the_model_that_they_were_trained_on(configure: Callable[..., RunConfig]) -> None:
+    config = configure(objective="causal_lm", trainable="lora", model={"preset": "v1"}, save_steps=2, max_steps=2)
+    folder = train(config).output_dir
+    shutil.rmtree(folder / "start")
+    config.training.resume, config.training.max_steps = True, 4
+    with pytest.raises(CheckpointError, match="must hold the folder start"):
+        train(config)
+
+
+def test_a_log_line_across_stages_divides_each_part_by_its_own_positions(configure: Callable[..., RunConfig]) -> None:
+    options = {"model": {"preset": "v2"}, "layerwise_fraction": 0.5, "lr": 1e-12}
+    each = [line for line in metrics_of(train(configure("each", log_steps=1, **options)).output_dir) if "loss" in line]
+    whole = [
+        line for line in metrics_of(train(configure("whole", log_steps=8, **options)).output_dir) if "loss" in line
+    ]
+    for name in ("layer_error", "kl"):
+        expected = [line[name] for line in each if name in line]
+        assert next(line[name] for line in whole if name in line) == pytest.approx(
+            sum(expected) / len(expected), rel=1e-2
+        )
+
+
+def test_the_perplexity_in_the_log_leaves_the_penalty_out(configure: Callable[..., RunConfig]) -> None:
+    options = {"objective": "causal_lm", "log_steps": 1, "max_steps": 1, "model": {"preset": "v1_single"}}
+    plain = metrics_of(train(configure("plain", **options)).output_dir)
+    options |= {"use_regularization": True, "regularization_lambda": 1e3}
+    penalised = metrics_of(train(configure("penalised", **options)).output_dir)
+    assert penalised[1]["perplexity"] == plain[1]["perplexity"]
+
+
+def test_a_failed_replacement_puts_the_older_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "old").touch()
+    real = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(source).name == "checkpoint-best" and Path(source).parent.name == STAGING:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with (
+        pytest.raises(CheckpointError, match="No space left"),
+        staged(tmp_path, "checkpoint-best", is_main=True, wait=lambda: None) as folder,
+    ):
+        (folder / "new").touch()
+    assert [file.name for file in (tmp_path / "checkpoint-best").iterdir()] == ["old"]

@@ -130,6 +130,12 @@ def test_other_commands_exist(command):
     assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0
 
 
+def test_flash_attention_has_its_precision_beside_it():
+    with_it = [arguments for arguments in TRAINING if "training.use_flash_attention=true" in arguments]
+    assert len(with_it) >= 3
+    assert all("training.mixed_precision=bf16" in arguments for arguments in with_it)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_changes_the_configuration(setting):
     words = setting.split(" ")

@@ -10,6 +10,7 @@ from rich.table import Table
 from pliant.cli import demo_folder as folder
 from pliant.cli import demo_rows as rows
 from pliant.cli.console import library_muted, notes, results, say_step
+from pliant.errors import TrainingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,8 @@ def train(model: Any, before: rows.Measured, evaluation: "Tensor", steps: int, o
     )
     with library_muted("pliant.training"):
         result = train_run(config, console=notes)
+    if result.stopped_by is not None:
+        raise TrainingError(f"the demo was stopped by {result.stopped_by.name} while it trained. Run it again.")
     logs = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert result.checkpoint is not None
     return Trained(

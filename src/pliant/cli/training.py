@@ -184,6 +184,8 @@ def _hydra_main(arguments: list[str]) -> None:
 
     @hydra.main(config_path="pkg://pliant.conf", version_base=HYDRA_VERSION)
     def job(composed: Any) -> None:
+        if signals:  # the jobs after one that was stopped
+            return
         own = HydraConfig.get()
         is_sweep = own.mode == RunMode.MULTIRUN
         if is_sweep and not _names_folder(own.overrides.task):

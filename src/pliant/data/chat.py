@@ -14,12 +14,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pliant.data.conversations import Batch, Messages
+from pliant.data.packing import IGNORED, Encoded
 from pliant.errors import DataError
-
-IGNORED = -100
-"""Label of a token that the loss leaves out."""
-
-Encoded = dict[str, list[list[int]]]
 
 
 def check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

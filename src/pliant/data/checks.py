@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pliant.config.schema import DataConfig
+from pliant.config import DataConfig
 from pliant.data.conversations import ChatSchema
 from pliant.data.loading import Member, columns_of, open_records, reader_of
 from pliant.data.mixture import eval_members, train_members

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.data.chat import IGNORED
+from pliant.data.packing import IGNORED
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
 
 from pliant.architectures.base import nearest
-from pliant.config.schema import DataConfig
+from pliant.config import DataConfig
 from pliant.data.conversations import SCHEMAS, ChatSchema, Record, find_schema
 from pliant.data.embedded import documents as embedded_documents
 from pliant.data.local import is_path, open_local
@@ -135,6 +135,15 @@ def generated(
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from error
         raise
+
+
+def every(records: Any) -> Iterator[Record]:
+    """Yields all records, also in a worker of a loader, where iterating over a stream gives a share of its files."""
+    if not isinstance(records, IterableDataset):
+        yield from records
+        return
+    for batch in records.iter(batch_size=1):
+        yield {column: values[0] for column, values in batch.items()}
 
 
 def columns_of(records: AnyDataset, member: Member) -> list[str]:
@@ -263,7 +272,7 @@ def _text_column(records: AnyDataset, column: str, member: Member) -> AnyDataset
 
 
 def _convert(records: Iterable[Record], reader: Reader) -> Iterator[Record]:
-    documents = map(reader.convert, records) if isinstance(reader, ChatSchema) else reader(records)
+    documents = map(reader.convert, every(records)) if isinstance(reader, ChatSchema) else reader(every(records))
     for document in documents:
         yield {"text": document} if isinstance(document, str) else {"messages": document}
 

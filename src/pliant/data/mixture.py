@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, interleave_datasets
 
-from pliant.config.schema import DataConfig
+from pliant.config import DataConfig
 from pliant.data.conversations import Batch, Record
 from pliant.data.loading import AnyDataset, Member, eval_dataset, eval_member, open_documents, train_member
 from pliant.errors import DataError

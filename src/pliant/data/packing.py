@@ -15,10 +15,13 @@ from typing import Any
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from pliant.data.chat import IGNORED, Encoded
 from pliant.data.conversations import Batch, Record
 from pliant.errors import DataError
 
+IGNORED = -100
+"""Label of a token that the loss leaves out."""
+
+Encoded = dict[str, list[list[int]]]
 TOKENS = List(Value("int32"))
 ENCODED = Features({"input_ids": TOKENS, "labels": TOKENS})
 ROW = Features({**ENCODED, "row": Value("int64")})

@@ -4,19 +4,19 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from pliant.config.schema import DataConfig
-from pliant.data.chat import Encoded, check_chat_tokenizer, encode_conversations
+from pliant.config import DataConfig
+from pliant.data.chat import check_chat_tokenizer, encode_conversations
 from pliant.data.collator import Collator
 from pliant.data.conversations import Batch, Record
-from pliant.data.loading import FORMAT, AnyDataset, generated
+from pliant.data.loading import FORMAT, AnyDataset, every, generated
 from pliant.data.mixture import split_documents
-from pliant.data.packing import ENCODED, PACKED_ROW, ROW, encode_texts, packed_rows, single_rows
+from pliant.data.packing import ENCODED, PACKED_ROW, ROW, Encoded, encode_texts, packed_rows, single_rows
 from pliant.data.sources import KINDS
 from pliant.errors import ConfigError, DataError
 
@@ -28,7 +28,8 @@ class TrainingData:
     """Rows to train and to validate on, and what makes batches of them.
 
     Attributes:
-        train: Rows with ``input_ids``, ``labels``, ``row`` and, if packed, ``position_ids``; shuffled only if streamed.
+        train: Rows with ``input_ids``, ``labels``, ``row`` and, if packed, ``position_ids``. A stream is shuffled and
+            endless: it goes through the documents again and again, each time in another order.
         validation: At most ``max_validation_windows`` such rows.
         collate: Makes a batch of rows.
         documents: Documents in `train`, before any is left out; unknown (``None``) of a stream, as are the next three.
@@ -56,6 +57,10 @@ class _Layout:
     pad_id: int
     format: int = FORMAT  # part of what the cache goes by
 
+    @property
+    def features(self) -> Features:
+        return PACKED_ROW if self.packing else ROW
+
     def encode(self, documents: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> AnyDataset:
         encode = partial(_encode, layout=self, tokenizer=tokenizer)
         columns = ["text" if self.kind == "text" else "messages"]
@@ -79,7 +84,9 @@ def training_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, kin
     """Opens the data sets of a run, holds documents out, and makes rows of tokens.
 
     The same settings and seed give the same rows in the same order. What is not streamed is tokenised once and kept in
-    the cache of `datasets`. A stream is shuffled within ``shuffle_buffer`` documents before it is cut into rows.
+    the cache of `datasets`. A stream to train on has no end: each pass over the documents shuffles them within
+    ``shuffle_buffer``, by ``seed`` plus the number of the pass, before they are cut into rows. So a run of any length
+    is one epoch, and one that is resumed skips what it has read, whichever pass that ended in.
 
     Args:
         config: Which texts are read, and how they are cut.
@@ -99,13 +106,12 @@ def training_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, kin
     training, validating = split_documents(config, kind=kind, seed=seed)
     validation = _validation(validating, layout, tokenizer, config)
     if isinstance(training, IterableDataset):
-        shuffled = training.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
-        train = _rows(layout.encode(shuffled, tokenizer), layout)
-        if next(iter(train), None) is None:
-            raise _no_rows(config, kind)
+        train = _endless(training, layout, tokenizer, config=config, seed=seed)
+        next(iter(train))  # raises if there is no row
         return TrainingData(train=train, validation=validation, collate=Collator(layout.pad_id))
     encoded: Any = layout.encode(training, tokenizer)
-    train: Any = _rows(encoded, layout) if len(encoded) else []
+    arguments = {"encoded": encoded, "layout": layout}
+    train: Any = generated(_generate, arguments, like=encoded, features=layout.features) if len(encoded) else []
     if not len(train):
         raise _no_rows(config, kind)
     if dropped := len(training) - len(encoded):
@@ -127,13 +133,31 @@ def _encode(batch: Batch, layout: _Layout, tokenizer: PreTrainedTokenizerBase) -
     return encode_texts(batch, tokenizer)
 
 
-def _rows(encoded: AnyDataset, layout: _Layout) -> AnyDataset:
-    features = PACKED_ROW if layout.packing else ROW
-    return generated(_generate, {"encoded": encoded, "layout": layout}, like=encoded, features=features)
-
-
 def _generate(encoded: AnyDataset, layout: _Layout) -> Iterator[Record]:
     yield from layout.rows(encoded, keep_partial=False)
+
+
+def _endless(
+    documents: IterableDataset, layout: _Layout, tokenizer: PreTrainedTokenizerBase, *, config: DataConfig, seed: int
+) -> AnyDataset:
+    arguments = {"documents": documents, "layout": layout, "tokenizer": tokenizer, "config": config, "seed": seed}
+    return generated(_passes, arguments, like=documents, features=layout.features)
+
+
+def _passes(
+    documents: IterableDataset, layout: _Layout, tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
+) -> Iterator[Record]:
+    """Yields the rows of one pass after another, numbered throughout."""
+    total = 0
+    for number in count():
+        shuffled = documents.shuffle(seed=seed + number, buffer_size=config.shuffle_buffer)
+        before = total
+        encoded = every(layout.encode(shuffled, tokenizer))
+        for row in layout.rows(encoded, keep_partial=False):
+            yield {**row, "row": total}
+            total += 1
+        if total == before:
+            raise _no_rows(config, layout.kind)
 
 
 def _validation(
@@ -148,7 +172,7 @@ def _validation(
             f"data.validation_fraction={config.validation_fraction:g} must leave some documents to validate on; none "
             "of those held out gives a row. Raise it, add documents, or name data.eval_split or data.eval_dataset_name."
         )
-    return Dataset.from_list(taken, features=PACKED_ROW if layout.packing else ROW)
+    return Dataset.from_list(taken, features=layout.features)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from pliant.errors import CheckpointError, ConfigError
-from pliant.models.bases import SHAPES, recorded_name, resolve_base, shape_config
+from pliant.models.bases import SHAPES, resolve_base, shape_config
 from pliant.models.dynamic import DynamicCausalLM
 from pliant.models.families import family_of
 from pliant.models.graft import with_spec
@@ -17,25 +17,26 @@ HEAD_SIZES = ("hidden_size", "num_attention_heads")
 
 
 def fresh(
-    name: str, sizes: Mapping[str, Any] | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str, sizes: Mapping[str, Any] | None = None, *, seed: int = 0, attn_implementation: str | None = None
 ) -> DynamicCausalLM:
-    """Returns a dense model of the shape of ``name`` with fresh weights.
+    """Returns a dense model of the shape of ``name`` with fresh weights, in fp32.
 
     Args:
         name: Directory, hub id, ``"smollm2-135m"`` or a shape that pliant ships.
         sizes: Fields of its configuration to override, e.g. ``{"num_hidden_layers": 6}``.
-        dtype: Of the weights.
         seed: Makes the weights repeatable; the global generator is left as it was.
+        attn_implementation: As in ``from_pretrained``.
 
     Raises:
         ConfigError: The sizes do not fit together.
         CheckpointError: The base's configuration cannot be read.
     """
     config: Any = fresh_config(name, sizes)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = family_of(config).causal_lm(config)
-    return model.to(dtype)
+        return family_of(config).causal_lm(config)
 
 
 def fresh_config(name: str, sizes: Mapping[str, Any] | None = None) -> PreTrainedConfig:
@@ -52,7 +53,7 @@ def fresh_config(name: str, sizes: Mapping[str, Any] | None = None) -> PreTraine
     config = type(base)(**{key: value for key, value in fields.items() if key != "model_type"})
     config._name_or_path = base._name_or_path
     family = family_of(config)
-    return with_spec(config, family.config, PliantSpec(base={"name": recorded_name(name), "revision": None}))
+    return with_spec(config, family.config, PliantSpec())  # no base that a delta could be loaded over
 
 
 def _base_config(name: str) -> PreTrainedConfig:

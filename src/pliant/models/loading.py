@@ -45,7 +45,9 @@ def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
             return _load_adapted(path, dtype=dtype, **options)
         config = _read_config(path, **hub)
         family = family_of(config)
-        if not isinstance(config, family.config):
+        if (
+            not isinstance(config, family.config) or not PliantSpec.of(config).layers
+        ):  # a base, whatever it was made from
             base = {"name": recorded_name(name), "revision": getattr(config, "_commit_hash", None)}
             config = with_spec(config, family.config, PliantSpec(base=base))
         return family.causal_lm.from_pretrained(path, config=config, dtype=dtype, **options)

@@ -1,55 +1,90 @@
 """From a run's configuration to the model that is trained."""
 
-import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from pliant.config import RunConfig
 from pliant.conversion import convert
 from pliant.data import read_text, token_windows
-from pliant.errors import ConfigError, DataError
-from pliant.models import DynamicCausalLM, fresh, load, resolve_base
-from pliant.training.checkpoints import last_checkpoint
+from pliant.errors import CheckpointError, ConfigError, DataError
+from pliant.models import DynamicCausalLM, PliantSpec, fresh, load, resolve_base
+from pliant.training.checkpoints import staged
+from pliant.training.optim import freeze_idle
 from pliant.training.plan import is_sharded
 
-logger = logging.getLogger(__name__)
-
+FLASH_ATTENTION = "flash_attention_2"
 START = "start"
 """Folder in the run's for the converted model that adapters are trained on."""
 PLASTIC = "plastic"
 """What NPT layers call their modulation; peft must train and save it whole."""
 
 
-def build_model(config: RunConfig) -> tuple[Any, DynamicCausalLM | None]:
+def build_model(config: RunConfig, resume_from: Path | None = None) -> tuple[Any, DynamicCausalLM | None]:
     """Returns the model, only what ``training.trainable`` names trainable, and a teacher if one is needed.
 
-    A run that resumes takes its layers from its last checkpoint, and reads no calibration text again.
+    A run that resumes takes its layers from the checkpoint ``resume_from``, and reads no calibration text again.
 
     Raises:
         PliantError: A part of the configuration cannot be met; which one the message says.
     """
     training = config.training
-    checkpoint = last_checkpoint(training.output_dir) if training.resume else None
     if training.trainable == "lora":
-        model = _adapted(config, resumed=checkpoint is not None)
+        model = _adapted(config, resumed=resume_from is not None)
     else:
-        model = _load(config, str(checkpoint)) if checkpoint is not None else _start(config)
-        if training.trainable == "modulation":
-            model.freeze_base()
-        else:
-            model.requires_grad_(True)
+        model = _start(config) if resume_from is None else _load(config, str(resume_from))
+        if not can_save_delta(model, config):
+            _refuse_delta(config)
+        model.requires_grad_(True) if training.trainable == "all" else model.freeze_base()
     teacher = None
-    if training.trainable == "all" and training.objective == "equivalence":
-        teacher = _load(config, config.model.base_model_name)
-        teacher.requires_grad_(False).eval()
+    if training.trainable == "all":
+        if training.objective == "equivalence":
+            teacher = _teacher(config)
+        if model.spec.layers:  # no delta of it can ever be loaded over the base that it came from
+            model.config.pliant = replace(model.spec, base={}).to_dict()
+    freeze_idle(model, training)
     if training.compile_model:
         compile_layers(model)
     return model, teacher
+
+
+def _refuse_delta(config: RunConfig) -> None:
+    checkpoint = config.model.checkpoint_path
+    if config.training.save_delta:
+        raise ConfigError(
+            "training.save_delta=true needs a base to load the delta over; that of "
+            f"model.checkpoint_path={checkpoint!r} was trained. Leave save_delta out."
+        )
+    if config.model.quantization != "none":
+        raise ConfigError(
+            f"model.quantization={config.model.quantization} needs a delta to save, and the base of "
+            f"model.checkpoint_path={checkpoint!r} was trained, so that all of it would be saved. Set it to none."
+        )
+
+
+def can_save_delta(model: DynamicCausalLM, config: RunConfig) -> bool:
+    """Whether what conversion added, over the base that the model names, is all of the model."""
+    return config.training.trainable == "modulation" and bool(model.spec.layers) and bool(model.spec.base.get("name"))
+
+
+def _teacher(config: RunConfig) -> DynamicCausalLM:
+    """The base that the model was converted from, beside the one that is trained."""
+    name = config.model.base_model_name
+    if config.model.checkpoint_path is not None:
+        name = PliantSpec.of(AutoConfig.from_pretrained(config.model.checkpoint_path)).base.get("name") or ""
+    if not name:
+        raise ConfigError(
+            "training.objective=equivalence needs the base of model.checkpoint_path="
+            f"{config.model.checkpoint_path!r}; it was trained, and is no longer at hand. Set "
+            "training.objective=causal_lm."
+        )
+    teacher: Any = _load(config, name)
+    return teacher.requires_grad_(False).eval().to(_device())
 
 
 def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -79,7 +114,10 @@ def _start(config: RunConfig) -> DynamicCausalLM:
     """The model before its first step: loaded or fresh, and converted unless it already is."""
     options, training = config.model, config.training
     if options.init == "scratch":
-        model: Any = fresh(options.base_model_name, options.sizes, seed=training.seed).to(_device())
+        attention = FLASH_ATTENTION if training.use_flash_attention else None
+        model: Any = fresh(
+            options.base_model_name, options.sizes, seed=training.seed, attn_implementation=attention
+        ).to(_device())
     else:
         model = _load(config, options.checkpoint_path or options.base_model_name)
     if config.model_type == "npt" and options.checkpoint_path is None:
@@ -112,7 +150,7 @@ def _load(config: RunConfig, name: str) -> DynamicCausalLM:
     elif options.quantization != "none" and torch.cuda.is_available():
         given["device_map"] = {"": PartialState().device}
     if training.use_flash_attention:
-        given["attn_implementation"] = "flash_attention_2"
+        given["attn_implementation"] = FLASH_ATTENTION
     model: Any = load(name, **given)
     if options.quantization != "none":
         _keep_packing(model)
@@ -157,11 +195,18 @@ def _adapted(config: RunConfig, *, resumed: bool) -> Any:
         ) from error
     training = config.training
     start = Path(training.output_dir) / START
-    model = _load(config, str(start)) if resumed and start.exists() else _start(config)
-    converted = bool(model.spec.layers)
-    if converted and not start.exists() and PartialState().is_main_process:
-        model.save_pretrained(start, delta=True)
-    PartialState().wait_for_everyone()
+    converted = config.model_type != "dense"
+    if resumed and converted:
+        if not start.exists():
+            raise CheckpointError(
+                f"training.output_dir={training.output_dir!r} must hold the folder {START}, the model that its "
+                "adapters were trained on; it does not. Put it back, or begin anew in another folder."
+            )
+        model = _load(config, str(start))
+    else:
+        model = _start(config)
+        if converted:
+            _save_start(model, training.output_dir)
     if converted:
         model.name_or_path = str(start.absolute())  # what the adapters record as their base
     lora = LoraConfig(
@@ -173,6 +218,14 @@ def _adapted(config: RunConfig, *, resumed: bool) -> Any:
         modules_to_save=[PLASTIC] if converted else None,
     )
     return get_peft_model(model, lora)
+
+
+def _save_start(model: DynamicCausalLM, output_dir: str) -> None:
+    """Keeps the model that adapters are trained on: as a delta, unless its base was trained."""
+    state = PartialState()
+    with staged(output_dir, START, is_main=state.is_main_process, wait=state.wait_for_everyone) as folder:
+        if state.is_main_process:
+            model.save_pretrained(folder, delta=bool(model.spec.base.get("name")))
 
 
 def _device() -> Any:

@@ -58,10 +58,11 @@ def staged(output_dir: str | os.PathLike, name: str, *, is_main: bool, wait: Any
         wait()
         if is_main:
             _replace(folder, Path(output_dir) / name)
-            shutil.rmtree(root)
+            shutil.rmtree(root, ignore_errors=True)
         wait()
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(root, ignore_errors=True)
+        if is_main:
+            clear_staging(output_dir)  # puts back what was set aside
         if not _is_write_error(error):
             raise
         last = last_checkpoint(output_dir)
@@ -86,7 +87,7 @@ def _is_write_error(error: Exception) -> bool:
     """torch and safetensors report a failed write as errors of their own."""
     if isinstance(error, OSError):
         return True
-    return isinstance(error, SafetensorError) or "write" in str(error) or "PytorchStreamWriter" in str(error)
+    return isinstance(error, SafetensorError) or any(word in str(error) for word in ("PytorchStreamWriter", "iostream"))
 
 
 def _replace(folder: Path, target: Path) -> None:
@@ -153,4 +154,9 @@ def restore(model: Any, checkpoint: str | os.PathLike) -> None:
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.shape != tensors[name].shape:
+                raise CheckpointError(
+                    f"{folder}: {name} must have shape {tuple(parameter.shape)}; got {tuple(tensors[name].shape)}. It "
+                    "belongs to another run."
+                )
             parameter.copy_(tensors[name])

@@ -287,8 +287,10 @@ def _memory(config: RunConfig, shape: PreTrainedConfig, counts: _Counts) -> list
         activations = tokens * item * shape.num_hidden_layers * layer
         how = f"{tokens:,} tokens × layers × ({kept}) × {item} B"
     new = counts.added + counts.adapters
+    has_teacher = training.objective == "equivalence" and training.trainable == "all"
     lines = [
         MemoryLine(what="base weights", num_bytes=weights, how=f"{counts.base:,} parameters, {dtype}"),
+        MemoryLine(what="teacher", num_bytes=weights * has_teacher, how="a base beside the one that is trained"),
         MemoryLine(what="added weights", num_bytes=FP32_BYTES * new, how=f"{new:,} parameters, float32"),
         MemoryLine(what="gradients", num_bytes=FP32_BYTES * counts.trainable, how="4 B a trainable parameter"),
         MemoryLine(what="Adam's moments", num_bytes=ADAM_BYTES * counts.trainable, how="8 B a trainable parameter"),

@@ -15,23 +15,25 @@ class Meter:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.positions = 0
+        self.positions: dict[str, int] = {}
 
     def add(self, sums: dict[str, Tensor], positions: int) -> None:
         """Adds the sums of one micro-batch of this process, taken over ``positions`` positions."""
-        self.positions += positions
         for name, value in sums.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.positions[name] = self.positions.get(name, 0) + positions
 
     def drain(self, accelerator: Any) -> tuple[dict[str, float], int]:
-        """Returns the means over the positions of all processes, and their number; starts anew."""
-        positions = int(accelerator.reduce(torch.tensor(self.positions, device=accelerator.device), "sum"))
-        means = {
-            name: float(accelerator.reduce(self.sums[name], "sum")) / max(positions, 1) for name in sorted(self.sums)
-        }
-        self.sums, self.positions = {}, 0
-        return means, positions
+        """Returns each name's mean over the positions of all processes, and the most positions; starts anew."""
+        means, most = {}, 0
+        for name in sorted(self.sums):
+            count = torch.tensor(self.positions[name], device=accelerator.device)
+            positions = int(accelerator.reduce(count, "sum"))
+            means[name] = float(accelerator.reduce(self.sums[name], "sum")) / max(positions, 1)
+            most = max(most, positions)
+        self.sums, self.positions = {}, {}
+        return means, most
 
     def save(self, folder: Path, *, rank: int) -> None:
         """Writes what this process has added since the last ``drain``, exactly."""
@@ -50,4 +52,4 @@ class Meter:
         totals = {name: sum(each["sums"].get(name, 0.0) for each in saved) for name in names}
         share = 1 if has_own or rank == 0 else 0  # the others need the names, for all must reduce the same ones
         self.sums = {name: torch.tensor(share * value, device=device) for name, value in totals.items()}
-        self.positions = share * sum(each["positions"] for each in saved)
+        self.positions = {name: share * sum(each["positions"].get(name, 0) for each in saved) for name in names}

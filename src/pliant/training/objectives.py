@@ -43,12 +43,12 @@ class Student:
     config: TrainingConfig
 
     @torch.no_grad()
-    def teach(self, batch: Batch) -> tuple[nn.Module, Float[Tensor, "positions d_model"]]:
-        """Returns the teacher's head and its last hidden states at the predicted positions."""
+    def teach(self, batch: Batch) -> Float[Tensor, "positions d_model"]:
+        """Returns the teacher's last hidden states at the predicted positions."""
         mask = predicted(batch["labels"])
 
-        def keep(head: nn.Module, hidden: Tensor) -> tuple[nn.Module, Tensor]:
-            return head, hidden[mask]
+        def keep(_head: nn.Module, hidden: Tensor) -> Tensor:
+            return hidden[mask.to(hidden.device)]
 
         with ExitStack() as stack:
             if self.teacher is not None:
@@ -58,6 +58,10 @@ class Student:
             if self.adapted is not None:
                 stack.enter_context(self.adapted.disable_adapter())
             return self.wrapped(**inputs_of(batch), readout=keep)
+
+    def teacher_head(self, own: nn.Module) -> nn.Module:
+        """Returns the teacher's head, which in base mode is the student's ``own``."""
+        return own if self.teacher is None else self.teacher.lm_head
 
 
 Objective = Callable[[Student, Batch], Sums]
@@ -73,22 +77,23 @@ def causal_lm(student: Student, batch: Batch) -> Sums:
     mask, targets = predicted(batch["labels"]), targets_of(batch["labels"])
 
     def readout(head: nn.Module, hidden: Tensor) -> Tensor:
-        return cross_entropy(head, hidden[mask], targets)
+        return cross_entropy(head, hidden[mask.to(hidden.device)], targets.to(hidden.device))
 
-    return {"loss": student.wrapped(**inputs_of(batch), readout=readout)}
+    loss = student.wrapped(**inputs_of(batch), readout=readout)
+    return {"loss": loss, "nll": loss.detach()}
 
 
 def end_to_end(student: Student, batch: Batch) -> Sums:
     """``Σ w_kl KL(base ‖ model) + w_h · error of the last hidden state``."""
     config = student.config
     mask = predicted(batch["labels"])
-    teacher_head, expected = student.teach(batch)
+    expected = student.teach(batch)
 
     def readout(head: nn.Module, hidden: Tensor) -> Sums:
-        chosen = hidden[mask]
+        chosen = hidden[mask.to(hidden.device)]
         sums = {}
         if config.kl_weight:
-            sums["kl"] = divergence(head, chosen, teacher_head, expected)
+            sums["kl"] = divergence(head, chosen, student.teacher_head(head), expected)
         if config.hidden_weight:
             sums["hidden"] = ERRORS[config.hidden_loss](chosen, expected).sum()
         return sums
@@ -108,7 +113,7 @@ def layerwise(student: Student, batch: Batch) -> Sums:
     with _matching(student.model, mask) as errors, student.model.base_mode():
 
         def readout(_head: nn.Module, _hidden: Tensor) -> Tensor:
-            return torch.stack(errors).mean()
+            return torch.stack([error.to(errors[0].device) for error in errors]).mean()
 
         error = student.wrapped(**inputs_of(batch), readout=readout)
     return {"loss": error, "layer_error": error.detach()}
@@ -128,7 +133,8 @@ def _matching(model: DynamicCausalLM, mask: Tensor) -> Iterator[list[Tensor]]:
             found = layer(*detached, **kwargs)
         finally:
             layer.active = False
-        errors.append(normalised_error(found[mask], expected.detach()[mask]).sum())
+        chosen = mask.to(found.device)
+        errors.append(normalised_error(found[chosen], expected.detach()[chosen]).sum())
 
     handles = [layer.register_forward_hook(match, with_kwargs=True) for layer in model.dynamic_layers.values()]
     try:
@@ -169,12 +175,14 @@ def evaluation_scores(
 ) -> tuple[Float[Tensor, "batch scores"], Float[Tensor, " batch"]]:
     """Sums of :func:`scores` over the predicted positions of each row, and how many positions a row has."""
     mask, targets = predicted(batch["labels"]), targets_of(batch["labels"])
-    teacher = student.teach(batch) if beside_base else None
+    expected = student.teach(batch) if beside_base else None
 
     def readout(head: nn.Module, hidden: Tensor) -> Tensor:
-        return scores(head, hidden[mask], targets, teacher)
+        teacher = None if expected is None else (student.teacher_head(head), expected)
+        return scores(head, hidden[mask.to(hidden.device)], targets.to(hidden.device), teacher)
 
     values = student.wrapped(**inputs_of(batch), readout=readout)
     row_of = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+    values = values.to(mask.device)
     sums = values.new_zeros(len(mask), values.shape[1]).index_add_(0, row_of, values)
     return sums, mask.sum(-1).float()

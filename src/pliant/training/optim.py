@@ -1,7 +1,7 @@
 """Parameter groups by component, and a schedule that starts anew with every stage."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -33,17 +33,10 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     Raises:
         ConfigError: Nothing is left to train.
     """
-    component_of = {
-        id(parameter): module.component
-        for module in model.modules()
-        if isinstance(module, AddedModule)
-        for parameter in module.parameters()
-    }
     multipliers = asdict(config.lr_multipliers)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        component = component_of.get(id(parameter), "base_model")
-        if parameter.requires_grad and multipliers[component] > 0:
+    for component, parameter in _by_component(model):
+        if parameter.requires_grad:
             groups.setdefault((component, parameter.ndim >= 2), []).append(parameter)
     if not groups:
         raise ConfigError(
@@ -59,6 +52,25 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         }
         for (component, decays), parameters in sorted(groups.items(), key=lambda group: group[0])
     ]
+
+
+def freeze_idle(model: nn.Module, config: TrainingConfig) -> None:
+    """Freezes the components whose learning rate is multiplied by 0, so that their gradients clip nobody else's."""
+    multipliers = asdict(config.lr_multipliers)
+    for component, parameter in _by_component(model):
+        if multipliers[component] == 0:
+            parameter.requires_grad_(False)
+
+
+def _by_component(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    component_of = {
+        id(parameter): module.component
+        for module in model.modules()
+        if isinstance(module, AddedModule)
+        for parameter in module.parameters()
+    }
+    for parameter in model.parameters():
+        yield component_of.get(id(parameter), "base_model"), parameter
 
 
 def schedule(

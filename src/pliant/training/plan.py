@@ -5,7 +5,7 @@ Nothing is loaded but configurations, and what the data checks read.
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from accelerate.utils import str_to_bool
 from huggingface_hub import constants
 
-from pliant.config import RunConfig
+from pliant.architectures import NptConfig
+from pliant.config import ModelConfig, RunConfig
 from pliant.data.loading import EMBEDDED
 from pliant.errors import ConfigError
 from pliant.training.checkpoints import last_checkpoint
@@ -237,11 +238,25 @@ def _warnings(config: RunConfig, model: ModelPlan) -> list[str]:
             f"training.lr_multipliers.{' and '.join(idle)}: model_type={config.model_type} has no such component; "
             "without effect."
         )
-    if training.use_regularization and config.model_type == "dense":
-        found.append("training.use_regularization=true: model_type=dense has no dynamic layers; without effect.")
+    found += _of_the_checkpoint(config.model, model.layers.values())
     if training.stages != "auto" and training.objective != "equivalence":
         found.append(f"training.stages belongs to equivalence; without effect on {training.objective}.")
     keyed = [form for form in model.layers.values() if form.has_closed_form]
     if training.use_regularization and keyed and training.objective == "equivalence":
         found.append("training.use_regularization=true pulls keyed layers away from their closed form, and the base.")
     return found
+
+
+def _of_the_checkpoint(model: ModelConfig, forms: Iterable[NptConfig]) -> list[str]:
+    """Returns a warning where a preset or a rank, a recipe's as a rule, gives way to those of the checkpoint."""
+    differs = any(
+        model.preset not in (ModelConfig.preset, form.form) or model.adapter_rank not in (None, form.rank)
+        for form in forms
+    )
+    if model.checkpoint_path is None or not differs:
+        return []
+    rank = "null" if model.adapter_rank is None else model.adapter_rank
+    return [
+        "model.preset and model.adapter_rank are those of the checkpoint; "
+        f"model.preset={model.preset} and model.adapter_rank={rank} are without effect."
+    ]

@@ -11,12 +11,15 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pliant.data.packing import IGNORED
+
 CHUNK = 128
 """Positions whose logits exist at a time."""
-IGNORED = -100
-"""Label of a position that is not predicted."""
 
 Logits = Float[Tensor, "piece vocabulary"]
+FP16_LIFT = 2.0**10
+"""What gradients of fp16 logits are multiplied by while they are fp16, whose range ends above the smallest."""
+
 PieceLoss = Callable[[Logits, slice], tuple[Float[Tensor, ""], Logits]]
 """fp32 logits of some positions → their summed loss, and its gradient in the logits."""
 
@@ -77,7 +80,11 @@ class _Summed(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: nn.Module, piece_loss: PieceLoss, *weights: Tensor) -> Tensor:  # pyright: ignore
         wanted = [needed for i, needed in enumerate(ctx.needs_input_grad) if i not in (1, 2)]
         inputs = (hidden, *weights)
-        gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(inputs, wanted, strict=True)]
+        # Sums in fp32 where fp16 would lose them; the others need no more than their own type.
+        gradients = [
+            torch.zeros_like(x, dtype=torch.float32 if x.dtype == torch.float16 else None) if needed else None
+            for x, needed in zip(inputs, wanted, strict=True)
+        ]
         total = hidden.new_zeros((), dtype=torch.float32)
         for part in pieces(len(hidden)):
             with torch.set_grad_enabled(any(wanted)):
@@ -88,13 +95,13 @@ class _Summed(torch.autograd.Function):
             if any(wanted):
                 _collect(gradients, logits, gradient, (piece, *weights), part)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
-        ctx.wanted = wanted
+        ctx.dtypes = [x.dtype if needed else None for x, needed in zip(inputs, wanted, strict=True)]
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         saved = iter(ctx.saved_tensors)
-        hidden, *weights = (next(saved) * scale if needed else None for needed in ctx.wanted)
+        hidden, *weights = (None if dtype is None else (next(saved) * scale).to(dtype) for dtype in ctx.dtypes)
         return (hidden, None, None, *weights)
 
 
@@ -103,10 +110,12 @@ def _collect(
 ) -> None:
     """Adds the gradient of one piece: a slice of that of the hidden states, a term of those of the head."""
     chosen = [i for i, sum_ in enumerate(gradients) if sum_ is not None]
-    found = torch.autograd.grad(logits, [inputs[i] for i in chosen], gradient.to(logits.dtype))
+    lift = FP16_LIFT if logits.dtype == torch.float16 else 1.0
+    found = torch.autograd.grad(logits, [inputs[i] for i in chosen], (lift * gradient).to(logits.dtype))
     for i, term in zip(chosen, found, strict=True):
         sum_ = gradients[i]
         assert sum_ is not None
+        term = term if lift == 1.0 else term.float() / lift
         if i == 0:
             sum_[part] = term
         else:

@@ -29,6 +29,12 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+DECIDING = (
+    *("model_type", "model.", "data.", "training.objective", "training.stages", "training.layerwise_fraction"),
+    *("training.trainable", "training.lora_", "training.seed", "training.mixed_precision"),
+    *("training.kl_weight", "training.hidden_", "training.use_regular"),
+)
+"""Settings that a resumed run may not change."""
 PROBE_ROWS, PROBE_TOKENS = 2, 128
 
 
@@ -78,30 +84,31 @@ def train(
     elif overrides:
         raise ConfigError("overrides change a named configuration; got a RunConfig too. Set its fields instead.")
     make_plan(config)
-    state = PartialState()
+    state = PartialState(cpu=compute_device_type() == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise ConfigError(
-            f"WORLD_SIZE={launched} processes were launched, and accelerate sees {state.num_processes}; each would train "
-            "a model of its own. On CPUs set ACCELERATE_USE_CPU=true."
+            f"WORLD_SIZE={launched} processes were launched, and accelerate sees {state.num_processes}: each would "
+            "train a model of its own. Launch them with accelerate launch, or one a GPU with torchrun."
         )
     folder = Path(config.training.output_dir)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.clear_staging(folder)
-        if config.training.resume:
-            _warn_of_other_settings(config, folder)
-        (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
     state.wait_for_everyone()
     resume_from = checkpoints.last_checkpoint(folder) if config.training.resume else None
+    if resume_from is not None:
+        _refuse_other_settings(config, folder)
     set_seed(config.training.seed)
     tokenizer = tokenizer_for(config)
     kind = "chat" if config.training.objective == "sft" else "text"
     with state.main_process_first():  # what is prepared once is read by the others
         data = training_data(config.data, tokenizer, kind=kind, seed=config.training.seed)
-    if config.training.use_flash_attention and config.data.packing:  # it finds documents in a batch of one row only
-        data = replace(data, collate=replace(data.collate, flatten=True))
-    model, teacher = build_model(config)
+    model, teacher = build_model(config, resume_from)
+    if state.is_main_process:
+        written = folder / f".{CONFIG_FILE}"
+        written.write_text(to_yaml(config), encoding="utf-8")
+        os.replace(written, folder / CONFIG_FILE)
     trainer = PliantTrainer(
         model=model,
         run=config,
@@ -110,24 +117,28 @@ def train(
         args=_arguments(config, resumed=resume_from is not None),
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=data.collate,
+        # Flash attention finds the documents of a batch of one row only, which is then as long as all of them.
+        data_collator=replace(data.collate, flatten=_is_flattened(config)),
         tokenizer=tokenizer,
     )
     return _run(trainer, config, resume_from, console)
 
 
-def _warn_of_other_settings(config: RunConfig, folder: Path) -> None:
-    """Names the settings that differ from those the run was begun with: then it cannot equal an unbroken run."""
+def _refuse_other_settings(config: RunConfig, folder: Path) -> None:
+    """Refuses to go on with a run under settings that it was not begun with.
+
+    Raises:
+        ConfigError: One that decides the run differs; how long it runs, and what is logged and saved, may change.
+    """
     if not (folder / CONFIG_FILE).is_file():
         return
     before = flatten(compose(str(folder / CONFIG_FILE)))
-    changed = [
-        f"{key}: {before.get(key)} → {value}"
-        for key, value in flatten(config).items()
-        if before.get(key) != value and key != "training.resume"
-    ]
-    if changed:
-        logger.warning("resumed with other settings than the run began with: %s", "; ".join(changed))
+    for key, value in flatten(config).items():
+        if key in before and before[key] != value and key.startswith(DECIDING):
+            raise ConfigError(
+                f"{key} must be what {folder / CONFIG_FILE} says when a run goes on, {before[key]!r}; got {value!r}. "
+                "Set it back, or begin anew in another training.output_dir."
+            )
 
 
 def _run(
@@ -141,9 +152,10 @@ def _run(
     if training.sample_prompts:
         trainer.add_callback(GenerationSamples(training.sample_prompts, trainer.tokenizer, folder / SAMPLES_FILE))
     try:
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-        if stop.received is None:
-            trainer.finish()
+        if resume_from is None or not trainer.restore_if_complete(resume_from):
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+            if not stop.stopping:
+                trainer.finish()
     finally:  # transformers tells its callbacks nothing of an error
         progress.close()
         stop.restore()
@@ -157,7 +169,7 @@ def _run(
         after=evaluations[-1] if evaluations else {},
         checkpoint=checkpoints.last_checkpoint(folder),
         best=best if best.exists() else None,
-        stopped_by=stop.received,
+        stopped_by=stop.received if stop.stopping else None,
     )
 
 
@@ -165,7 +177,7 @@ def _arguments(config: RunConfig, *, resumed: bool) -> TrainingArguments:
     """What transformers' loop needs to know; losses, schedules, evaluation and saving are the trainer's own."""
     training = config.training
     trains_base = training.trainable == "all"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=training.output_dir,
         run_name=training.run_name,
         seed=training.seed,
@@ -173,7 +185,8 @@ def _arguments(config: RunConfig, *, resumed: bool) -> TrainingArguments:
         num_train_epochs=training.num_epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.eval_batch_size or training.batch_size,
+        # A flattened batch has one score, and rows that processes repeat could not be left out of it.
+        per_device_eval_batch_size=1 if _is_flattened(config) else training.eval_batch_size or training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.lr,
         max_grad_norm=training.max_grad_norm,
@@ -191,16 +204,22 @@ def _arguments(config: RunConfig, *, resumed: bool) -> TrainingArguments:
         use_cache=True,  # the trainer would write its False into the model's configuration
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        dataloader_num_workers=config.data.num_workers,
+        dataloader_num_workers=min(config.data.num_workers, 1) if config.data.streaming else config.data.num_workers,
         accelerator_config={
             "dispatch_batches": False
         },  # of a stream, which it would cut from rows of equal length only
     )
+    if arguments.n_gpu > 1:  # else transformers wraps the model in DataParallel, which cuts batches apart
+        logger.warning("one of %d GPUs is used; `accelerate launch -m pliant.cli.train …` uses all", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
 
 
-def _probe(data: TrainingData) -> Tensor | None:
+def _is_flattened(config: RunConfig) -> bool:
+    return config.training.use_flash_attention and config.data.packing
+
+
+def _probe(data: TrainingData) -> Tensor:
     """A few validation tokens to measure the modulation on."""
-    if data.validation is None:
-        return None
     rows = [data.validation[i] for i in range(min(PROBE_ROWS, len(data.validation)))]
     return data.collate(rows)["input_ids"][:, :PROBE_TOKENS]

@@ -21,17 +21,19 @@ from transformers import (
 )
 
 from pliant.config import RunConfig
-from pliant.config.schema import STAGES
-from pliant.errors import ConfigError
+from pliant.config.sections import STAGES
+from pliant.errors import DataError
 from pliant.models import DynamicCausalLM
 from pliant.statistics import evaluating
 from pliant.training import checkpoints
+from pliant.training.build import can_save_delta
 from pliant.training.callbacks import FiniteGuard, modulation_norms
 from pliant.training.meter import Meter
 from pliant.training.objectives import OBJECTIVES, Student, evaluation_scores
 from pliant.training.optim import Stage, parameter_groups, schedule, stage_at
 from pliant.training.readout import predicted
 
+MAX_EXPONENT = 709.0
 SCORES = ("nll", "base_nll", "kl", "agreement")
 
 
@@ -67,7 +69,11 @@ class PliantTrainer(Trainer):
         self.stages: tuple[Stage, ...] = ()
         self.meter = Meter()
         self.guard = FiniteGuard(run.training.output_dir, mixed_precision=run.training.mixed_precision)
-        self._items, self._rows, self.last_log = 0, [], time.monotonic()
+        self.last_log = time.monotonic()
+        self._items, self._counts = 0, iter(())  # predicted positions of the optimizer step, and of its micro-batches
+        self._rows: list[int] = []
+        self._losses: list[Tensor] = []
+        self._open_report: Any = None
         with _trainable_quantised(self.dynamic):
             super().__init__(model=model, processing_class=tokenizer, **options)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -84,17 +90,18 @@ class PliantTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Returns the micro-batches of the next optimizer step, and counts their predicted positions."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum(int(predicted(batch["labels"]).sum()) for batch in batches)
-        total: Any = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum")
-        self._items = max(int(total), 1)
-        self._rows = [int(row) for batch in batches for row in batch["row"]]
+        counts = [int(predicted(batch["labels"]).sum()) for batch in batches]
+        total: Any = self.accelerator.reduce(torch.tensor(sum(counts), device=self.accelerator.device), "sum")
+        self._items, self._counts = max(int(total), 1), iter(counts)
+        self._rows = [row for batch in batches for row in batch["row"].tolist()]
+        self._losses = []
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, forward and backward; a checkpointed backward needs the report still open."""
         with self._report() as self._open_report:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.check_loss(loss, self._rows, self.state.global_step + 1)
+        self._losses.append(loss)
         return loss
 
     def compute_loss(
@@ -104,13 +111,13 @@ class PliantTrainer(Trainer):
         batch = {name: value for name, value in inputs.items() if name != "row"}
         stage = stage_at(self.stages, self.state.global_step)
         sums = OBJECTIVES[stage.name](self._student(model), batch)
-        loss = sums["loss"]
+        loss, positions = sums["loss"], next(self._counts)
         if self._open_report is not None:
             mask = predicted(batch["labels"])
-            penalty = self._open_report.regulariser(mask) * mask.sum()
+            penalty = self._open_report.regulariser(mask) * positions
             loss = loss + self.run.training.regularization_lambda * penalty
             sums["regulariser"] = penalty.detach()
-        self.meter.add({**sums, "loss": loss.detach()}, int(predicted(batch["labels"]).sum()))
+        self.meter.add({**sums, "loss": loss.detach()}, positions)
         loss = loss * (self.accelerator.num_processes * self.current_gradient_accumulation_steps / self._items)
         return (loss, None) if return_outputs else loss
 
@@ -133,6 +140,8 @@ class PliantTrainer(Trainer):
         return self.dynamic.report() if self.run.training.use_regularization else nullcontext()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        step = self.state.global_step + 1
+        self.guard.check_loss(torch.stack(self._losses), self._rows, step)
         norm: Any = super()._clip_grad_norm(model)
         self.guard.check_gradients(norm, self._rows, self.state.global_step + 1)
         return norm
@@ -171,9 +180,10 @@ class PliantTrainer(Trainer):
         beside_base = self.run.training.objective == "equivalence"
         sums, count = self._score(self.get_eval_dataloader(eval_dataset), beside_base=beside_base)
         means = dict(zip(SCORES, (sums / count).tolist(), strict=False))
-        metrics = {"eval_perplexity": math.exp(means["nll"]), "eval_loss": means["nll"]}
+        self.guard.check_evaluation(means["nll"], self.state.global_step)
+        metrics = {"eval_perplexity": perplexity_of(means["nll"]), "eval_loss": means["nll"]}
         if beside_base:
-            base = math.exp(means["base_nll"])
+            base = perplexity_of(means["base_nll"])
             metrics |= {"eval_base_perplexity": base, "eval_ratio": metrics["eval_perplexity"] / base}
             metrics |= {"eval_kl": means["kl"], "eval_agreement": means["agreement"]}
         if self.probe is not None and not self.is_fsdp_enabled:
@@ -194,28 +204,29 @@ class PliantTrainer(Trainer):
                 batch = self._prepare_inputs({name: value for name, value in batch.items() if name != "row"})
                 row = evaluation_scores(self._student(self.wrapped), batch, beside_base=beside_base)
                 rows, counts = self.accelerator.gather_for_metrics(row)
-                sums = rows.double().sum(0) if sums is None else sums + rows.double().sum(0)
-                count = counts.double().sum() if count is None else count + counts.double().sum()
+                rows, counts = rows.cpu().double(), counts.cpu().double()
+                sums = rows.sum(0) if sums is None else sums + rows.sum(0)
+                count = counts.sum() if count is None else count + counts.sum()
         if sums is None or count is None or count == 0:
-            raise ConfigError("the validation rows must hold tokens to predict; there are none. Give more text.")
-        return sums.float(), count.float()
+            raise DataError("the validation rows must hold tokens to predict; there are none. Give more text.")
+        return sums, count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs; a training loss is the mean over the positions since the last one, with its parts and the speed."""
         if "loss" in logs:
             now = time.monotonic()
             means, positions = self.meter.drain(self.accelerator)
+            if "nll" in means:  # without the penalty that the loss may hold
+                logs["perplexity"] = perplexity_of(means.pop("nll"))
             logs |= means
             logs["tokens_per_second"] = positions / (now - self.last_log)
-            if self.run.training.objective != "equivalence":
-                logs["perplexity"] = math.exp(min(logs["loss"], 700.0))
             self.last_log = now
         super().log(logs, start_time)
 
     # What is kept
 
     def finish(self) -> None:
-        """Evaluates and saves a run that ended before its last planned step, as a stream that is shorter does."""
+        """Evaluates and saves a run that ended before its last planned step."""
         last = checkpoints.last_checkpoint(self.folder)
         if last is None or last.name != f"checkpoint-{self.state.global_step}":
             self.evaluate()
@@ -255,8 +266,7 @@ class PliantTrainer(Trainer):
     def saves_delta(self) -> bool:
         """Whether checkpoints hold only what conversion added."""
         wanted = self.run.training.save_delta
-        frozen = self.run.training.trainable == "modulation" and bool(self.dynamic.spec.layers)
-        return frozen if wanted is None else wanted
+        return can_save_delta(self.dynamic, self.run) if wanted is None else wanted
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoints.check_sharding(resume_from_checkpoint, is_sharded=self.is_fsdp_enabled)
@@ -267,15 +277,33 @@ class PliantTrainer(Trainer):
 
     def _keep_if_best(self) -> None:
         """Saves ``checkpoint-best`` if no evaluation since the start had a lower perplexity; stops if patience ends."""
-        evaluations = [entry for entry in self.state.log_history if "eval_perplexity" in entry and entry["step"]]
-        history = [entry["eval_perplexity"] for entry in evaluations]
-        best = history.index(min(history))
-        patience = self.run.training.early_stopping_patience
-        if best == len(history) - 1:
+        if self._evaluations_since_best(self.state) == 0:
             with self._staged(checkpoints.BEST) as folder:
                 self.save_model(str(folder), _internal_call=True)
-        elif patience is not None and len(history) - 1 - best >= patience:
+        elif self._is_out_of_patience(self.state):
             self.control.should_training_stop = True
+            self.control.should_save = True
+
+    def _evaluations_since_best(self, state: TrainerState) -> int:
+        """How many evaluations of training came after the one with the lowest perplexity."""
+        history = [
+            entry["eval_perplexity"] for entry in state.log_history if "eval_perplexity" in entry and entry["step"]
+        ]
+        return len(history) - 1 - history.index(min(history)) if history else 0
+
+    def _is_out_of_patience(self, state: TrainerState) -> bool:
+        patience = self.run.training.early_stopping_patience
+        return patience is not None and self._evaluations_since_best(state) >= patience
+
+    def restore_if_complete(self, checkpoint: Path) -> bool:
+        """Takes up a run that has taken all its steps, or ran out of patience, without a further one."""
+        state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE_FILE))
+        planned = self.run.training.max_steps or state.max_steps
+        if state.global_step < planned and not self._is_out_of_patience(state):
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
 
     def _staged(self, name: str) -> AbstractContextManager[Path]:
         wait = self.accelerator.wait_for_everyone
@@ -310,7 +338,7 @@ class _RunEvents(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         training, step = self.trainer.run.training, state.global_step
         is_last = step >= state.max_steps
-        control.should_evaluate = is_last or (training.eval_steps is not None and step % training.eval_steps == 0)
+        control.should_evaluate |= is_last or (training.eval_steps is not None and step % training.eval_steps == 0)
         control.should_save |= is_last or (training.save_steps is not None and step % training.save_steps == 0)
 
 
@@ -322,12 +350,18 @@ def plan_stages(run: RunConfig, model: DynamicCausalLM, num_steps: int) -> tuple
     names = list(training.stages)
     if training.stages == "auto":
         layers = model.spec.layers.values()
-        needs_both = training.trainable == "modulation" and not all(c.starts_at_layerwise_optimum() for c in layers)
+        is_solved = all(layer.starts_at_layerwise_optimum() for layer in layers)
+        needs_both = training.trainable == "modulation" and not is_solved and num_steps > 1
         names = list(STAGES) if needs_both else [STAGES[1]]
     if len(names) == 1:
         return (Stage(name=names[0], start=0, end=num_steps),)
     boundary = min(max(1, round(training.layerwise_fraction * num_steps)), num_steps)
     return (Stage(name=names[0], start=0, end=boundary), Stage(name=names[1], start=boundary, end=num_steps))
+
+
+def perplexity_of(nll: float) -> float:
+    """``exp(nll)``, infinite where that is out of range."""
+    return math.exp(nll) if nll < MAX_EXPONENT else math.inf
 
 
 @contextmanager

@@ -98,6 +98,18 @@ def test_overrides_arrive(override, section, field, value):
     assert getattr(getattr(compose(overrides=[override]), section), field) == value
 
 
+def test_a_map_beside_the_rank_of_a_recipe_needs_it_unset():
+    layers = "model.layers={0-9: v2, 10-29: keyed:192}"
+    with pytest.raises(ConfigError, match=r"model\.adapter_rank=128\. Set model\.adapter_rank=null"):
+        compose("npt_equivalence", [layers])
+    assert compose("npt_equivalence", [layers, "model.adapter_rank=null"]).model.adapter_rank is None
+
+
+@pytest.mark.parametrize("name", ["npt_finetune", "debug_sft", "readme", "npt_equivalence"])
+def test_recipes_go_on_from_a_checkpoint(name):
+    assert compose(name, ["model.checkpoint_path=outputs/run/checkpoint-best"]).model.checkpoint_path is not None
+
+
 def test_two_weights_of_a_mixture():
     overrides = ["data.mixed=true", 'data.dataset_names=["wikitext","c4"]', "data.dataset_weights=[0.3,0.7]"]
     assert compose(overrides=overrides).data.dataset_weights == [0.3, 0.7]
@@ -134,6 +146,8 @@ def test_two_weights_of_a_mixture():
         ("training.batch_size=0", ("training.batch_size", "at least 1")),
         ("model.preset=v9", ("preset", "v9")),
         ("data.mixed=true", ("data.dataset_weights",)),
+        ("training.early_stopping_patience=3", ("training.eval_steps",)),
+        ("training.use_flash_attention=true", ("training.mixed_precision=bf16",)),
     ],
 )
 def test_what_is_wrong_in_an_override_is_named(override, words):

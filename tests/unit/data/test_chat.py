@@ -2,7 +2,8 @@
 
 import pytest
 
-from pliant.data.chat import IGNORED, check_chat_tokenizer, encode_conversation, encode_conversations
+from pliant.data.chat import check_chat_tokenizer, encode_conversation, encode_conversations
+from pliant.data.packing import IGNORED
 from pliant.errors import DataError
 
 QWEN_LIKE = (

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pliant.data.chat import IGNORED
 from pliant.data.collator import Collator
-from pliant.data.packing import encode_texts, packed_rows, single_rows
+from pliant.data.packing import IGNORED, encode_texts, packed_rows, single_rows
 
 PAD = 0
 

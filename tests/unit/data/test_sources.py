@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from pliant.config.schema import DataConfig
+from pliant.config import DataConfig
 from pliant.data import DATASETS, loading
 from pliant.data.loading import open_documents
 from pliant.data.mixture import eval_members, train_members

