@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--domain", type=Path, help="more text to train and calibrate on")
     parser.add_argument("--preset", default="keyed")
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--allocation", help="of keyed forms")
     parser.add_argument("--num-updates", type=int)
     parser.add_argument("--layers", default="all")
     parser.add_argument("--steps", type=int, default=500)
@@ -65,7 +66,7 @@ def main() -> None:
         f"equivalence-training-{arguments.name}",
         {
             "environment": environment(),
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+            "arguments": {k: v.name if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "work"},
             "trained_parameters": sum(p.numel() for _, p in model.dynamic_parameters()),
             "tokens": steps * arguments.batch_size * WINDOW,
             "seconds": seconds,
@@ -91,6 +92,7 @@ def configure(arguments: argparse.Namespace) -> RunConfig:
             base_model_name="smollm2-135m",
             preset=arguments.preset,
             adapter_rank=arguments.rank,
+            allocation=arguments.allocation,
             num_updates=arguments.num_updates,
             layers=arguments.layers,
             calibration=str(arguments.domain) if closed else None,

@@ -91,7 +91,7 @@ def test_recipes_write_into_folders_of_their_own(name):
         ("training.report_to=[wandb]", "training", "report_to", ["wandb"]),
         ('training.sample_prompts=["a, b"]', "training", "sample_prompts", ["a, b"]),
         ("training.output_dir=./a b/c", "training", "output_dir", "./a b/c"),
-        ("training.output_dir=outputs/lr-${training.lr}", "training", "output_dir", "outputs/lr-0.001"),
+        ("training.output_dir=outputs/lr-${training.lr}", "training", "output_dir", "outputs/lr-0.0003"),
     ],
 )
 def test_overrides_arrive(override, section, field, value):
