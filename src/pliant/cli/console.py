@@ -103,10 +103,13 @@ def library_muted(name: str) -> Iterator[None]:
 
 
 def hush_transformers() -> None:
-    """Silences the bars and hints of transformers; call it before anything is loaded."""
+    """Silences the bars and hints of transformers and its like; call it before anything is loaded."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import logging
 import os
 import shlex
 import sys
@@ -98,7 +97,7 @@ def train(
         raise ConfigError("--cfg prints one configuration, --multirun runs several; got both. Drop one.")
     chosen = [*(overrides or ()), *(["training.resume=true"] if resume else [])]
     _refuse_flags(chosen)
-    _hush()
+    hush_transformers()
     from pliant.config.composition import compose, jobs, primary
 
     # Composed before Hydra's own main sees it, so that a wrong setting is said in our words.
@@ -116,15 +115,6 @@ def train(
             settings += [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=${hydra.job.num}"]
         mode = ["--multirun"] if multirun else ["--cfg", cfg.value] if cfg is not None else []
         _hydra_main([*mode, "--config-name", found.config_name, *settings, *chosen])
-
-
-def _hush() -> None:
-    """Silences the bars and hints of the libraries; the run has lines of its own."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    hush_transformers()
-    from datasets import disable_progress_bars
-
-    disable_progress_bars()
 
 
 def _refuse_flags(overrides: list[str]) -> None:
