@@ -227,8 +227,32 @@ def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **opti
     fill_added(model, name, tensors)
     model.config._name_or_path = str(name)
     if adapter is not None:
-        model.load_adapter(adapter)
+        load_adapters(model, adapter)
     return model
+
+
+def load_adapters(model: Any, directory: str | os.PathLike) -> None:
+    """Puts the adapters of peft in ``directory`` into ``model``, with all that was trained beside them.
+
+    peft's own functions, as ``load_adapter`` of some versions of transformers leaves modules that were trained whole at
+    random values, with no more than a warning.
+
+    Raises:
+        CheckpointError: The adapters are for another model.
+    """
+    from peft import PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(directory))
+    inject_adapter_in_model(config, model)
+    saved = load_peft_weights(str(directory), device="cpu")
+    weights = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}  # of the peft model
+    result = set_peft_model_state_dict(model, weights)
+    if result.unexpected_keys:
+        raise CheckpointError(
+            f"{directory} must hold adapters for {type(model).__name__}; {result.unexpected_keys[0]} is not in it. "
+            "Load the base that the adapters were trained on."
+        )
+    model._hf_peft_config_loaded = True
 
 
 def _read_delta(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:

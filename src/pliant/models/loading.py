@@ -10,7 +10,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from pliant.errors import CheckpointError, ConfigError
 from pliant.models.bases import recorded_name, resolve_base
-from pliant.models.checkpoint import HUB_OPTIONS
+from pliant.models.checkpoint import HUB_OPTIONS, load_adapters
 from pliant.models.dynamic import DynamicCausalLM
 from pliant.models.families import family_of
 from pliant.models.graft import with_spec
@@ -73,7 +73,7 @@ def _load_adapted(path: str, **options: Any) -> DynamicCausalLM:
     if not base:
         raise CheckpointError(f"{path!r} holds adapters that name no base. Load the base, then its load_adapter.")
     model: Any = load(base, **options)
-    model.load_adapter(path)
+    load_adapters(model, path)
     return model
 
 
