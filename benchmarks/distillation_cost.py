@@ -130,13 +130,18 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[st
         step()
         before = status("VmRSS")
         peaks[name] = resident_peak(step) - before
+    return take_turns(steps, repeats), peaks
+
+
+def take_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every step, one after the other, ``repeats`` times over."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-    return times, peaks
+    return times
 
 
 def resident_peak(step: Callable[[], None]) -> int:

@@ -16,7 +16,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-from distillation_cost import resident_peak, restart_with_allocator, stepper
+from distillation_cost import resident_peak, restart_with_allocator, stepper, take_turns
 from record import RESULTS, environment, finished, save
 
 import pliant
@@ -148,12 +148,7 @@ def cost(arguments: argparse.Namespace, repeats: int = 7) -> dict[str, Any]:
         before = resident_peak(lambda: None)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         rows[method] = {"step_bytes": resident_peak(steps[method]) - before, "weight_bytes": weights}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+    times = take_turns(steps, repeats)
     ours = times["v1 r=16"]
     for name, row in rows.items():
         row["seconds"] = median(times[name])

@@ -254,6 +254,21 @@ def test_the_layerwise_stage_comes_first_and_starts_the_second_with_fresh_moment
     assert {int(entry["step"]) for entry in state.values()} == {4}
 
 
+def test_calibration_tokens_are_how_many_are_read_of_the_embedded_texts_too(
+    configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def windows(_tokenizer: Any, *, num_tokens: int) -> Tensor:
+        asked.append(num_tokens)
+        return torch.randint(2, 97, (10, 12), generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr("pliant.training.build.calibration_tokens", windows)
+    train(configure("keyed", max_steps=1, model={"calibration": None, "calibration_tokens": 4_321}))
+    train(configure("v2", max_steps=1, model={"preset": "v2"}))  # which reads none
+    assert asked == [4_321]
+
+
 def test_keyed_layers_start_end_to_end(configure: Callable[..., RunConfig]) -> None:
     result = train(configure(log_steps=1, max_steps=2))
     assert all("kl" in line for line in metrics_of(result.output_dir) if "loss" in line)

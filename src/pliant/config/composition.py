@@ -54,7 +54,6 @@ NOT_YET = {
 }
 """Settings of the original commands that belong to what is not built yet."""
 
-ROUTED = ("dtf", "sdt", "stt", "mod")
 TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -330,8 +329,6 @@ def _own_errors() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
-    except ConfigError as error:
-        raise _with_hint(error) from error.__cause__
 
 
 def _explain(error: BaseException) -> str:
@@ -358,16 +355,3 @@ def _rule(key: str) -> str:
         return f"a list, [a,b], each {TYPES[members[0]]}"
     plain = [member for member in members if member is not type(None)]  # int of int | None
     return TYPES.get(plain[0] if len(plain) == 1 else kind, "a key of Hydra's, with a value of its type")
-
-
-def _with_hint(error: ConfigError) -> ConfigError:
-    """Says of the routed architectures that they are not built yet."""
-    text = str(error)
-    if (
-        text.startswith("model_type must be")
-        and "not available" not in text
-        and any(f"got {name!r}" in text for name in ROUTED)
-    ):
-        head = text.partition(" Did you mean")[0]
-        return ConfigError(f"{head} Routed depth (dtf, mod, stt) is not available yet.")
-    return error

@@ -15,6 +15,9 @@ from pliant.config.sections import (
 )
 from pliant.errors import ConfigError
 
+ROUTED = ("dtf", "sdt", "stt", "mod")
+"""Architectures of the original commands that are not built yet."""
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -32,10 +35,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         known = tuple(ARCHITECTURES)
         if self.model_type not in known:
-            raise ConfigError(
-                f"model_type must be one of {', '.join(known)}; got {self.model_type!r}."
-                f"{nearest(self.model_type, known)}"
-            )
+            hint = nearest(self.model_type, known)
+            if self.model_type in ROUTED:
+                hint = " Routed depth (dtf, mod, stt) is not available yet."
+            raise ConfigError(f"model_type must be one of {', '.join(known)}; got {self.model_type!r}.{hint}")
         self._check_form_options()
         if self.model_type == "npt":
             self._check_layers()
@@ -50,6 +53,13 @@ class RunConfig:
                 "data.streaming=true needs training.max_steps, as the length of a stream is not known; got null. "
                 "Set it."
             )
+
+    @property
+    def held_dtype(self) -> str:
+        """What the weights are held in: fp32 where the base is trained, else what mixed precision asks for."""
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        return "float32" if self.training.trainable == "all" else HALF.get(self.training.mixed_precision, "float32")
 
     def _check_form_options(self) -> None:
         """Refuses options of a form where no form is chosen by them."""

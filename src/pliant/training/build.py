@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 
 from pliant.config import RunConfig
 from pliant.conversion import convert
-from pliant.data import read_text, token_windows
+from pliant.data import calibration_tokens, read_text, token_windows
 from pliant.errors import CheckpointError, ConfigError, DataError
 from pliant.models import DynamicCausalLM, PliantSpec, fresh, load, resolve_base
 from pliant.training.checkpoints import staged
@@ -126,15 +126,17 @@ def _start(config: RunConfig) -> DynamicCausalLM:
 
 
 def _convert(model: DynamicCausalLM, config: RunConfig) -> None:
-    options = config.model
+    options, layers = config.model, config.model.layer_selection
+    form = None if isinstance(layers, dict) else options.npt
+    forms = [form] if form is not None else layers.values()
     calibration = None
-    if options.calibration is not None:
-        tokenizer = tokenizer_for(config)
-        calibration = token_windows(
-            read_text(options.calibration), tokenizer, num_tokens=options.calibration_tokens, window=512
-        )
-    layers = options.layer_selection
-    convert(model, None if isinstance(layers, dict) else options.npt, layers=layers, calibration=calibration)
+    if any(each.has_closed_form for each in forms):
+        tokenizer, num_tokens = tokenizer_for(config), options.calibration_tokens
+        if options.calibration is None:
+            calibration = calibration_tokens(tokenizer, num_tokens=num_tokens)
+        else:
+            calibration = token_windows(read_text(options.calibration), tokenizer, num_tokens=num_tokens)
+    convert(model, form, layers=layers, calibration=calibration)
     if PartialState().num_processes > 1:  # eigenvectors differ between machines, and FSDP takes a shard from each
         for _, parameter in model.dynamic_parameters():
             parameter.data.copy_(broadcast(parameter.data.to(_device())))
@@ -142,7 +144,7 @@ def _convert(model: DynamicCausalLM, config: RunConfig) -> None:
 
 def _load(config: RunConfig, name: str) -> DynamicCausalLM:
     options, training = config.model, config.training
-    given: dict[str, Any] = {"dtype": held_dtype(config)}
+    given: dict[str, Any] = {"dtype": getattr(torch, config.held_dtype)}
     if options.quantization != "none":
         given["quantization_config"] = _quantization(options.quantization, given["dtype"])
     if options.device_map is not None:
@@ -157,15 +159,6 @@ def _load(config: RunConfig, name: str) -> DynamicCausalLM:
     elif options.device_map is None and not is_sharded():  # FSDP takes it there, piece by piece
         model.to(_device())
     return model
-
-
-def held_dtype(config: RunConfig) -> torch.dtype:
-    """What the weights are held in: fp32 where the base is trained, else what mixed precision asks for."""
-    if config.model.dtype != "auto":
-        return getattr(torch, config.model.dtype)
-    if config.training.trainable == "all":
-        return torch.float32
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.mixed_precision]
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:

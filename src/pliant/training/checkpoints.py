@@ -29,9 +29,14 @@ STATE_FILE = "trainer_state.json"
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """Returns the newest complete ``checkpoint-N`` of a run, or ``None``."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    numbered = [(int(match[1]), path) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
-    return max(numbered)[1] if numbered else None
+    return next((path for path in reversed(_numbered(output_dir)) if (path / STATE_FILE).is_file()), None)
+
+
+def _numbered(output_dir: str | os.PathLike) -> list[Path]:
+    """The folders ``checkpoint-N`` of a run, oldest first."""
+    found = Path(output_dir).glob("checkpoint-*")
+    numbers = {path: int(match[1]) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 @contextmanager
@@ -100,13 +105,8 @@ def _replace(folder: Path, target: Path) -> None:
 
 def rotate(output_dir: str | os.PathLike, keep: int) -> None:
     """Deletes all but the ``keep`` newest ``checkpoint-N``, none of which is ever there in part."""
-    numbered = sorted(
-        (int(match[1]), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    )
     root = Path(output_dir) / STAGING
-    for _, path in numbered[:-keep]:
+    for path in _numbered(output_dir)[:-keep]:
         root.mkdir(exist_ok=True)
         os.replace(path, root / path.name)
         shutil.rmtree(root)

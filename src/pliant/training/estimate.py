@@ -262,10 +262,11 @@ def _count(built: Any, config: RunConfig) -> _Counts:
         adapted = [module for name, module in linears.items() if name.rpartition(".")[2] in training.lora_targets]
         adapters = sum(training.lora_rank * (m.in_features + m.out_features) for m in adapted)
         known = sorted({name.rpartition(".")[2] for name in linears})
-        if wrong := [name for name in training.lora_targets if name not in known] or not adapted:
+        wrong = [name for name in training.lora_targets if name not in known]
+        if wrong or not adapted:
             raise ConfigError(
                 f"training.lora_targets must name projections of the model ({', '.join(known)}); got "
-                f"{training.lora_targets if wrong is True else wrong}."
+                f"{wrong or training.lora_targets}."
             )
     trainable = base + added if training.trainable == "all" else added + adapters
     linear = sum(module.weight.numel() for module in linears.values())
@@ -306,13 +307,9 @@ def _memory(config: RunConfig, shape: PreTrainedConfig, counts: _Counts) -> list
 
 def _weight_bytes(config: RunConfig, counts: _Counts) -> tuple[int, str]:
     """Returns the size of the base's weights, and what they are held in."""
-    model, training = config.model, config.training
-    if model.quantization != "none":
-        bits = NF4_BITS if model.quantization == "nf4" else 8
+    quantization = config.model.quantization
+    if quantization != "none":
+        bits = NF4_BITS if quantization == "nf4" else 8
         packed = round(counts.linear * bits / 8)
-        return packed + BF16_BYTES * (counts.base - counts.linear), f"{model.quantization}, the rest in 16 bit"
-    dtype = model.dtype
-    if dtype == "auto":
-        held = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[training.mixed_precision]
-        dtype = "float32" if training.trainable == "all" else held
-    return DTYPE_BYTES[dtype] * counts.base, dtype
+        return packed + BF16_BYTES * (counts.base - counts.linear), f"{quantization}, the rest in 16 bit"
+    return DTYPE_BYTES[config.held_dtype] * counts.base, config.held_dtype

@@ -13,8 +13,6 @@ from pliant.architectures import AddedModule
 from pliant.config import TrainingConfig
 from pliant.errors import ConfigError
 
-COMPONENTS = ("base_model", "router", "prior", "modulation")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:

@@ -22,8 +22,7 @@ from pliant.errors import ConfigError
 from pliant.training.checkpoints import last_checkpoint
 from pliant.training.estimate import MemoryLine, ModelPlan, hub_is_reachable, plan_model
 
-TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-RUN_FILES = ("config.yaml", "metrics.jsonl")
+CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
 """What a run leaves in its folder, by which it is known again."""
 
 
@@ -122,8 +121,7 @@ def _world_size() -> int:
 def _check_machine(config: RunConfig, device: str) -> None:
     """Refuses what the device cannot do, and what needs a package that is not there."""
     model, training = config.model, config.training
-    needed = {package: f"training.report_to={tracker}" for tracker, package in TRACKER_PACKAGES.items()}
-    needed = {package: key for package, key in needed.items() if key.rpartition("=")[2] in training.report_to}
+    needed = {tracker: f"training.report_to={tracker}" for tracker in training.report_to}  # packages of those names
     if model.quantization != "none":
         needed["bitsandbytes"] = f"model.quantization={model.quantization}"
     if training.trainable == "lora":
@@ -186,7 +184,7 @@ def describe_output(config: RunConfig) -> str:
     if not there:
         return "exists, empty"
     last = last_checkpoint(folder)
-    is_run = last is not None or any(name in there for name in RUN_FILES)
+    is_run = last is not None or any(name in there for name in (CONFIG_FILE, METRICS_FILE))
     if training.resume and is_run:
         return f"holds a run; goes on from {last.name}" if last else "holds a run without a checkpoint; begins anew"
     if is_run:

@@ -21,13 +21,11 @@ from pliant.errors import ConfigError
 from pliant.training import checkpoints
 from pliant.training.build import build_model, tokenizer_for
 from pliant.training.callbacks import GenerationSamples, MetricsFile, RunProgress, StopSignals
-from pliant.training.plan import compute_device_type, make_plan
+from pliant.training.plan import CONFIG_FILE, METRICS_FILE, compute_device_type, make_plan
 from pliant.training.trainer import PliantTrainer
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 DECIDING = (
     *("model_type", "model.", "data.", "training.objective", "training.stages", "training.layerwise_fraction"),
@@ -205,9 +203,8 @@ def _arguments(config: RunConfig, *, resumed: bool) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         dataloader_num_workers=min(config.data.num_workers, 1) if config.data.streaming else config.data.num_workers,
-        accelerator_config={
-            "dispatch_batches": False
-        },  # of a stream, which it would cut from rows of equal length only
+        # Else it would cut the batches of a stream from rows of equal length only.
+        accelerator_config={"dispatch_batches": False},
     )
     if arguments.n_gpu > 1:  # else transformers wraps the model in DataParallel, which cuts batches apart
         logger.warning("one of %d GPUs is used; `accelerate launch -m pliant.cli.train …` uses all", arguments.n_gpu)

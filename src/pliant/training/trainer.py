@@ -143,7 +143,7 @@ class PliantTrainer(Trainer):
         step = self.state.global_step + 1
         self.guard.check_loss(torch.stack(self._losses), self._rows, step)
         norm: Any = super()._clip_grad_norm(model)
-        self.guard.check_gradients(norm, self._rows, self.state.global_step + 1)
+        self.guard.check_gradients(norm, self._rows, step)
         return norm
 
     # How it is minimised
@@ -179,7 +179,7 @@ class PliantTrainer(Trainer):
         started = time.monotonic()
         beside_base = self.run.training.objective == "equivalence"
         sums, count = self._score(self.get_eval_dataloader(eval_dataset), beside_base=beside_base)
-        means = dict(zip(SCORES, (sums / count).tolist(), strict=False))
+        means = dict(zip(SCORES[: len(sums)], (sums / count).tolist(), strict=True))
         self.guard.check_evaluation(means["nll"], self.state.global_step)
         metrics = {"eval_perplexity": perplexity_of(means["nll"]), "eval_loss": means["nll"]}
         if beside_base:
@@ -199,6 +199,7 @@ class PliantTrainer(Trainer):
     @torch.no_grad()
     def _score(self, loader: Any, *, beside_base: bool) -> tuple[Float[Tensor, " scores"], Float[Tensor, ""]]:
         sums, count = None, None
+        self.callback_handler.eval_dataloader = loader
         with evaluating(self.dynamic):
             for batch in loader:
                 batch = self._prepare_inputs({name: value for name, value in batch.items() if name != "row"})
@@ -207,6 +208,7 @@ class PliantTrainer(Trainer):
                 rows, counts = rows.cpu().double(), counts.cpu().double()
                 sums = rows.sum(0) if sums is None else sums + rows.sum(0)
                 count = counts.sum() if count is None else count + counts.sum()
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if sums is None or count is None or count == 0:
             raise DataError("the validation rows must hold tokens to predict; there are none. Give more text.")
         return sums, count
