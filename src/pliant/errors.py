@@ -23,3 +23,7 @@ class DataError(PliantError):
 
 class TrainingError(PliantError):
     """Training cannot go on: a loss or a gradient is not finite."""
+
+
+class EditError(PliantError):
+    """An edit cannot be made, applied or taken back as asked."""

@@ -70,12 +70,16 @@ class Architecture:
 class Write:
     """One token-wise low-rank weight update, ``ΔW_t = Σ_k value_k ⊗ key_k``, and what it did.
 
-    ``effect`` is ``ΔW_t z_t``, z the input of that weight matrix.
+    ``effect`` is ``ΔW_t z_t``, z the input of that weight matrix. Where the form also scales the rows of W, value and
+    key are the smallest update of the same effect, and what it does to the matrix itself is ``added ⊗ key`` (nothing,
+    if ``added`` is ``None``) ``+ diag(scale) W``.
     """
 
     value: Float[Tensor, "batch seq updates d_out"]
     key: Float[Tensor, "batch seq updates d_in"]
     effect: Float[Tensor, "batch seq d_out"]
+    scale: Float[Tensor, "batch seq d_out"] | None = None
+    added: Float[Tensor, "batch seq d_out"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

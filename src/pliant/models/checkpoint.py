@@ -134,7 +134,7 @@ def find_delta(name: str | os.PathLike, options: dict[str, Any]) -> str | None:
     folder = Path(name)
     if not folder.is_dir():
         hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-        return _find(str(name), DELTA_NAME, **hub)
+        return cached(str(name), DELTA_NAME, **hub)
     if not (folder / DELTA_NAME).exists():
         return None
     if full := [n for n in FULL_NAMES if (folder / n).exists()]:
@@ -145,7 +145,8 @@ def find_delta(name: str | os.PathLike, options: dict[str, Any]) -> str | None:
     return str(folder / DELTA_NAME)
 
 
-def _find(name: str, file: str, **hub: Any) -> str | None:
+def cached(name: str, file: str, **hub: Any) -> str | None:
+    """Returns the local path of a file of a hub repository, or ``None`` if it is not there or cannot be reached."""
     return cached_file(
         name,
         file,
@@ -162,7 +163,7 @@ def _local(name: str, file: str) -> str | None:
         return str(folder / file) if (folder / file).exists() else None
     if folder.is_absolute() or len(folder.parts) > 2:  # no hub id: a folder that is gone
         return None
-    return _find(name, file, local_files_only=True)
+    return cached(name, file, local_files_only=True)
 
 
 def load_strictly(from_pretrained: Callable[..., Any], name: str | os.PathLike, *args: Any, **options: Any) -> Any:
@@ -216,7 +217,7 @@ def load_delta(cls: Any, name: str | os.PathLike, delta: str, *args: Any, **opti
             f"base must be of type {cls.base_config_class.model_type}; got {base!r}, which is {base_config.model_type}."
         )
     dense = with_spec(base_config, cls.config_class, PliantSpec(base=spec.base))
-    model = cls.from_pretrained(path, *args, config=dense, **pinned, **options)
+    model = cls.from_pretrained(path, *args, config=dense, edits=False, **pinned, **options)
     current, saved = fingerprint(model), tensors.pop(FINGERPRINT_KEY)
     if not same_base(saved, current, same_dtype=metadata.get("base_dtype") == str(model.dtype)):
         raise CheckpointError(

@@ -14,6 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from pliant.architectures import AddedModule, added_parameters
 from pliant.errors import CheckpointError, ConfigError
 from pliant.models import checkpoint as files
+from pliant.models import ledger_file
+from pliant.models.consolidate_weights import Positions, consolidate_weights
+from pliant.models.ledger import Ledger
 from pliant.models.report import ModelReport, record
 from pliant.models.selection import Layers, select_layers
 from pliant.models.spec import PliantSpec
@@ -116,6 +119,14 @@ class DynamicCausalLM(_StartValues):
         """The converted layers, by index."""
         return {index: self.model.layers[index] for index in sorted(self.spec.layers)}
 
+    @property
+    def edits(self) -> Ledger:
+        """The ledger: what was written into the projections for good, beside their weights."""
+        ledger = vars(self).get("_edits")
+        if ledger is None:
+            ledger = vars(self)["_edits"] = Ledger(self.model)
+        return ledger
+
     def dynamic_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Iterates over name and value of every parameter that conversion added."""
         return added_parameters(self)
@@ -145,12 +156,13 @@ class DynamicCausalLM(_StartValues):
     def base_mode(self) -> Iterator["DynamicCausalLM"]:
         """Within the block the model is exactly its base: no second copy of the weights, no change left behind.
 
-        Adapters of other libraries stay; switch them off with their own ``disable_adapter``.
+        Edits are suspended too. Adapters of other libraries stay; switch them off with their own ``disable_adapter``.
         """
         before = {layer: layer.active for layer in self.dynamic_layers.values()}
         self.set_active(False)
         try:
-            yield self
+            with self.edits.suspended():
+                yield self
         finally:
             for layer, active in before.items():
                 layer.active = active
@@ -164,6 +176,35 @@ class DynamicCausalLM(_StartValues):
             writes: Keep the factors of every weight update, not only norms and penalties.
         """
         return record(self.model, self.dynamic_layers, "writes" if writes else "norms")
+
+    def consolidate_weights(
+        self,
+        context_tokens: Tensor,
+        token_idx: Positions = -1,
+        alpha: float = 0.1,
+        layers: Layers | None = None,
+    ) -> dict[str | int, Any]:
+        """Makes permanent what the converted layers do to themselves at a token: adds ``α ΔW_t`` as an edit.
+
+        It writes what the layer's form writes: ``v1`` and ``v2`` ``δ_add ⊗ z/‖z‖² + diag(δ_mult) W`` on the gate,
+        ``outer`` ``Σ_k v_b ⊗ v_a``, ``keyed`` ``v_o ⊗ k`` on ``down_proj``, and ``keyed_pre`` all three projections.
+        Of several tokens it writes the mean.
+
+        Args:
+            context_tokens: Ids of one text, (tokens) or (1, tokens).
+            token_idx: The token or tokens to take; negative ones count from the end. ``"all"`` takes every one.
+            alpha: Strength.
+            layers: Converted layers to write to; by default all of them.
+
+        Returns:
+            Layer → ``{"norm": ‖α ΔW‖_F, "ratio": ‖α ΔW‖_F/‖W‖_F}`` over the projections it writes to, and under
+            ``"edit"`` the id in the ledger, for ``edits.revert``.
+
+        Raises:
+            EditError: The model is dense, a layer is not converted or switched off, or an argument does not fit.
+                The model is unchanged.
+        """
+        return consolidate_weights(self, context_tokens, token_idx, alpha, layers)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Switches on or off that each layer runs again in the backward pass in place of keeping its activations.
@@ -191,6 +232,8 @@ class DynamicCausalLM(_StartValues):
     def save_pretrained(self, save_directory: str | os.PathLike, *, delta: bool = False, **options: Any) -> None:
         """Saves the model, and its tokenizer if that is at hand, as a Hugging Face directory.
 
+        Edits go into a file of their own; the weights are saved without them.
+
         Args:
             save_directory: Folder to write to; made if missing.
             delta: Save only the added parameters, with the name and the fingerprint of the base.
@@ -199,31 +242,46 @@ class DynamicCausalLM(_StartValues):
 
         Raises:
             CheckpointError: The folder holds a checkpoint of the other kind, or there is nothing to save.
+            EditError: There are edits, and ``options`` or adapters of peft leave no place for them.
         """
         files.check_destination(save_directory, delta=delta)
+        is_main_process, state_dict = options.get("is_main_process", True), options.get("state_dict")
+        ledger_file.check_saving(self, options)
         if delta:
-            is_main_process, state_dict = options.pop("is_main_process", True), options.pop("state_dict", None)
-            if options:
-                raise CheckpointError(f"delta=True takes no further options; got {', '.join(options)}. Leave them out.")
+            if further := options.keys() - {"is_main_process", "state_dict"}:
+                raise CheckpointError(
+                    f"delta=True takes no further options; got {', '.join(sorted(further))}. Leave them out."
+                )
             if not is_main_process:
                 return
             files.save_delta(self, save_directory, state_dict)
         else:
             super().save_pretrained(save_directory, **options)
+        if is_main_process:
+            ledger_file.save_ledger(self, save_directory, state_dict)
         files.save_tokenizer(self.config._name_or_path, save_directory)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *args: Any, **options: Any) -> "DynamicCausalLM":
-        """Loads a full or a delta checkpoint, or a base; no key may be missing or left over.
+        """Loads a full or a delta checkpoint, or a base, with its edits; no key may be missing or left over.
 
         Args:
             name: Directory or hub id.
             args: As for ``PreTrainedModel.from_pretrained``.
-            options: Likewise; ``base`` names the base to load a delta over, in place of the recorded one.
+            options: Likewise; ``base`` names the base to load a delta over, in place of the recorded one, and
+                ``edits=False`` leaves the edits out.
 
         Raises:
             CheckpointError: Keys or shapes do not fit, a file is damaged, or the base is the wrong one.
+            EditError: The edits are damaged, or of another base.
         """
+        ledger = ledger_file.find_edits(name, options) if options.pop("edits", True) else None
+        has_info = options.get("output_loading_info", False)
+        loaded: Any
         if (delta := files.find_delta(name, options)) is not None:
-            return files.load_delta(cls, name, delta, *args, **options)
-        return files.load_strictly(super().from_pretrained, name, *args, **options)
+            loaded = files.load_delta(cls, name, delta, *args, **options)
+        else:
+            loaded = files.load_strictly(super().from_pretrained, name, *args, **options)
+        if ledger is not None:
+            ledger_file.load_ledger(loaded[0] if has_info else loaded, ledger)
+        return loaded

@@ -28,12 +28,14 @@ def load(name: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
         name: A directory, a hub id, or ``"smollm2-135m"``, the base that a Python package carries.
         dtype: As in ``from_pretrained``; ``"auto"`` is the checkpoint's own. Added parameters stay in fp32.
         options: Anything ``from_pretrained`` takes: ``device_map``, ``quantization_config``,
-            ``attn_implementation``, ``revision``, …; for a delta also ``base``.
+            ``attn_implementation``, ``revision``, …; for a delta also ``base``. ``edits=False`` leaves the edits that
+            lie beside the weights out.
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete, damaged, or a delta over the wrong base.
         ConversionError: The model belongs to no family that converts.
         ConfigError: The attention implementation is unknown or not installed.
+        EditError: The edits are damaged, or of another base.
     """
     path = resolve_base(name)
     attention = options.get("attn_implementation")

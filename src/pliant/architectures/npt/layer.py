@@ -5,6 +5,7 @@ are called as modules, never by their weight, so that quantised, offloaded and L
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -54,10 +55,12 @@ class NptLayer(nn.Module):
         changes = self.plastic(a)
         add, half = changes.get("add"), changes.get("half")
         if self.recording:  # in fp32: a difference of bf16 gates would round small changes away
-            effect = torch.zeros_like(plain, dtype=torch.float32) if add is None else add.float()
-            if half is not None:
-                effect = effect + plain.float() * (2 * half.float() - 1)
-            self.report({"gate_proj": smallest_write(effect, z)})
+            added = None if add is None else add.float()
+            effect = torch.zeros_like(plain, dtype=torch.float32) if added is None else added
+            scale = None if half is None else 2 * half.float() - 1
+            if scale is not None:
+                effect = effect + plain.float() * scale
+            self.report({"gate_proj": replace(smallest_write(effect, z), scale=scale, added=added)})
         if half is None:
             return plain + changes["add"] if self.recording else changes["add"].add_(plain)
         return 2 * plain * half if add is None else torch.addcmul(add, plain, half, value=2)
