@@ -16,13 +16,30 @@ if TYPE_CHECKING or not _IS_COMMAND:
     from pliant.errors import PliantError
     from pliant.metrics import perplexity
     from pliant.models import load
+    from pliant.models.ledger import edits, revert
 if TYPE_CHECKING:
+    from pliant.consolidation import consolidate
     from pliant.training import train
 
-__all__ = ["ARCHITECTURES", "NptConfig", "PliantError", "convert", "load", "perplexity", "train"]
+__all__ = [
+    "ARCHITECTURES",
+    "NptConfig",
+    "PliantError",
+    "consolidate",
+    "convert",
+    "edits",
+    "load",
+    "perplexity",
+    "revert",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "consolidate":  # not needed to load a model and run it
+        from pliant.consolidation import consolidate
+
+        return consolidate
     if name == "train":  # brings the trainer of transformers, which takes seconds to import
         from pliant.training import train
 

@@ -45,9 +45,7 @@ OTHERS = names("""
 r modulation_type consolidation_alpha consolidate_weights demonstrate_permanent_update convert_llama_to_npt_v2
 compute_equivalence_loss_v2 factual_recall reasoning creative NPComponent train_equivalence.py evaluate_model.py
 """)
-NOT_BUILT = names(
-    "model.capacity_gamma model.beta_ce_init model.beta_cu_init model.prior_loss_weight consolidation_alpha"
-)
+NOT_BUILT = names("model.capacity_gamma model.beta_ce_init model.beta_cu_init model.prior_loss_weight")
 
 
 def rows() -> list[tuple[str, str]]:

@@ -7,10 +7,13 @@ import typer
 
 from pliant.cli.chat import chat
 from pliant.cli.console import CommandGroup
+from pliant.cli.consolidate import consolidate
 from pliant.cli.convert import convert
 from pliant.cli.demo import demo
+from pliant.cli.edits import edits
 from pliant.cli.generate import generate
 from pliant.cli.info import info
+from pliant.cli.inject import inject
 from pliant.cli.training import train
 
 main = typer.Typer(
@@ -50,11 +53,13 @@ def _options(
     New here?  pliant demo
     Then       pliant convert smollm2-135m --rank 192 --output outputs/keyed
                pliant chat outputs/keyed
+               pliant inject outputs/keyed
     """
 
 
-for _verb in (demo, convert, info, generate, chat):
+for _verb in (demo, convert, info, generate, chat, consolidate, inject):
     main.command()(_verb)
 main.command(context_settings={"ignore_unknown_options": True})(train)  # Hydra's overrides, and flags that it explains
+main.add_typer(edits, name="edits")
 
 __all__ = ["main"]

@@ -50,9 +50,11 @@ NOT_YET = {
     "beta_ce_init": "routed depth (model_type dtf)",
     "beta_cu_init": "routed depth (model_type dtf)",
     "prior_loss_weight": "routed depth (model_type dtf)",
-    "consolidation_alpha": "consolidation",
 }
 """Settings of the original commands that belong to what is not built yet."""
+
+ELSEWHERE = {"consolidation_alpha": "pliant consolidate --alpha"}
+"""Settings of the original commands that training does not have, and what takes them."""
 
 TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
@@ -202,6 +204,8 @@ def check_key(key: str) -> None:
     if key in schema_keys():
         return
     last = key.rpartition(".")[2]
+    if last in ELSEWHERE:
+        raise ConfigError(f"{key} must be left out of training; {ELSEWHERE[last]} takes it. Give it there.")
     if last in NOT_YET:
         raise ConfigError(f"{key} belongs to {NOT_YET[last]}, which is not available yet. Leave it out.")
     close = nearest_key(key)

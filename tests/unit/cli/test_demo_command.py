@@ -121,6 +121,10 @@ def test_quick_demo_runs_twice_and_leaves_what_it_says(tmp_path):
     assert by_name["v1, rank 16"]["ratio"] == 1.0
     assert 1.0 < by_name["keyed, rank 192"]["ratio"] < 1.2
     assert by_name["keyed, rank 192"]["added_parameters"] == 30 * 2 * 576 * 192
+    learned = record["consolidation"]
+    assert learned["logits_after_undo_are_the_old_ones"]
+    assert learned["after"]["The CEO of TechCorp is"].startswith(" Dr. Sarah Chen")
+    assert learned["probes_kept"] >= 2
     training = record["training"]
     assert training["name"] == "keyed, rank 128"
     assert training["ratio_before"] == by_name["keyed, rank 128"]["ratio"]

@@ -129,7 +129,7 @@ def test_two_weights_of_a_mixture():
         ("data={dataset_nam: x}", ("data.dataset_nam", "data.dataset_name")),
         ("model=3", ("model", "section")),
         ("model.capacity_gamma=0.5", ("model.capacity_gamma", "not available yet")),
-        ("model.consolidation_alpha=0.1", ("consolidation", "not available yet")),
+        ("model.consolidation_alpha=0.1", ("must be left out of training", "pliant consolidate --alpha")),
         ("model_type=dtf", ("model_type", "'dtf'", "not available yet")),
         ("training.lr=abc", ("training.lr", "a number", "abc")),
         ("training.lr=null", ("training.lr", "a number")),

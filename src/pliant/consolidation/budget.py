@@ -1,0 +1,70 @@
+"""The KL budget: how far an edit may move the model on neutral text."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pliant.consolidation.forward import trial
+from pliant.errors import EditError
+from pliant.models.edits import Delta
+from pliant.statistics import input_device
+
+TRIALS = 8
+"""Strengths that are tried, from what was asked for down."""
+SMALLEST = 1e-3
+"""Share below which nothing of use is left."""
+CLOSER = 0.95
+"""Of the strength at which a divergence that grows with its square would meet the budget; squared with every trial, as
+some fall more slowly."""
+
+
+class NeutralText:
+    """Neutral text, and what the model says there before an edit."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Int[Tensor, "windows window"]) -> None:
+        self.tokens = tokens
+        self.before = self._log_p(model)
+
+    @torch.no_grad()
+    def _log_p(self, model: PreTrainedModel) -> Float[Tensor, "tokens vocabulary"]:
+        hidden = model.model(self.tokens.to(input_device(model)), use_cache=False).last_hidden_state
+        return model.lm_head(hidden.flatten(0, 1)).float().log_softmax(-1)
+
+    def kl(self, model: PreTrainedModel) -> float:
+        """Returns the KL divergence of the model as it is now from the model before, in nats a token."""
+        now = self._log_p(model)
+        return torch.nn.functional.kl_div(now, self.before, log_target=True, reduction="batchmean").item()
+
+
+def shrunk(
+    model: PreTrainedModel, deltas: Mapping[str, Delta], neutral: NeutralText, budget: float | None
+) -> tuple[dict[str, Delta], float, float]:
+    """Returns ``deltas``, or the share of them that stays within ``budget``, with its KL divergence and the share.
+
+    Raises:
+        EditError: The divergence is not finite, or no share of use stays within it.
+    """
+    share = 1.0
+    for attempt in range(TRIALS):
+        some = {name: Delta(left=share * delta.left, right=delta.right) for name, delta in deltas.items()}
+        with trial(model, {name: [delta] for name, delta in some.items()}):
+            kl = neutral.kl(model)
+        if not math.isfinite(kl):
+            raise EditError(
+                f"the edit must leave the model finite on neutral text; its KL divergence is {kl}. Lower alpha, or "
+                "load the model in bfloat16 or float32."
+            )
+        if budget is None or kl <= budget:
+            return some, kl, share
+        smaller = share * CLOSER ** (2**attempt) * math.sqrt(budget / kl)
+        if smaller < SMALLEST:
+            break
+        share = smaller
+    raise EditError(
+        f"kl_budget must leave some of the edit; at {share:.2%} of it the divergence is still {kl:.3g} nats a token. "
+        "Raise kl_budget, lower alpha, or choose other layers."
+    )

@@ -1,0 +1,77 @@
+"""What consolidation needs of a base beside its weights: made once, and kept as long as the model lives."""
+
+import os
+from collections.abc import Iterable, Sequence
+from weakref import WeakKeyDictionary
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pliant.consolidation.queries import sampled_prefixes
+from pliant.data import calibration_tokens, read_text, token_windows
+from pliant.key_moments import KeyMoments, cached_key_moments
+from pliant.models import DynamicCausalLM
+from pliant.models.checkpoint import digest, fingerprint
+from pliant.statistics import Progress
+
+NEUTRAL_WINDOW, NEUTRAL_WINDOWS = 256, 2
+
+Text = str | os.PathLike | Iterable[str]
+
+
+class Resources:
+    """Key moments, prefixes and neutral text of one base.
+
+    Args:
+        model: The model; converted or edited, its base is read.
+        tokenizer: Its tokenizer.
+        text: Neutral text; the embedded texts by default.
+        num_tokens: How much of it the key moments are taken from.
+    """
+
+    def __init__(
+        self, model: DynamicCausalLM, tokenizer: PreTrainedTokenizerBase, text: Text | None, num_tokens: int
+    ) -> None:
+        self.tokenizer, self.text, self.num_tokens = tokenizer, text, num_tokens
+        self._moments: dict[int, KeyMoments] = {}
+        self._prefixes: dict[tuple[int, int], tuple[str, ...]] = {}
+        size, window = NEUTRAL_WINDOW * NEUTRAL_WINDOWS, min(NEUTRAL_WINDOW, model.config.max_position_embeddings)
+        self.neutral: Int[Tensor, "windows window"]
+        if text is None:
+            self.neutral = calibration_tokens(tokenizer, num_tokens=size, window=window)
+        else:
+            texts = read_text(text) if isinstance(text, os.PathLike) else text
+            self.neutral = token_windows(texts, tokenizer, num_tokens=size, window=window)
+
+    def moments(
+        self, model: DynamicCausalLM, layers: Sequence[int], progress: Progress | None = None
+    ) -> dict[int, KeyMoments]:
+        """Returns the key moments of ``layers``, from memory, from the cache on disk, or by reading the text."""
+        if missing := [layer for layer in layers if layer not in self._moments]:
+            self._moments |= cached_key_moments(
+                model, self.tokenizer, missing, num_tokens=self.num_tokens, text=self.text, progress=progress
+            )
+        return {layer: self._moments[layer] for layer in layers}
+
+    def prefixes(self, model: DynamicCausalLM, count: int, seed: int) -> tuple[str, ...]:
+        """Returns beginnings of text that the base writes."""
+        if (count, seed) not in self._prefixes:
+            with model.base_mode():
+                self._prefixes[count, seed] = sampled_prefixes(model, self.tokenizer, count=count, seed=seed)
+        return self._prefixes[count, seed]
+
+
+_KEPT: WeakKeyDictionary[DynamicCausalLM, dict[tuple[str, object, int], Resources]] = WeakKeyDictionary()
+
+
+def resources_of(
+    model: DynamicCausalLM, tokenizer: PreTrainedTokenizerBase, text: Text | None, num_tokens: int
+) -> Resources:
+    """Returns the resources of a model, the same ones as long as its base and the text are the same."""
+    if text is not None and not isinstance(text, str | os.PathLike):
+        text = tuple(text)
+    kept, key = _KEPT.setdefault(model, {}), (digest(fingerprint(model)), text, num_tokens)
+    if key not in kept:
+        kept[key] = Resources(model, tokenizer, text, num_tokens)
+    return kept[key]
