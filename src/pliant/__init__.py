@@ -19,6 +19,7 @@ if TYPE_CHECKING or not _IS_COMMAND:
     from pliant.models.ledger import edits, revert
 if TYPE_CHECKING:
     from pliant.consolidation import consolidate
+    from pliant.evaluation import evaluate
     from pliant.training import train
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "consolidate",
     "convert",
     "edits",
+    "evaluate",
     "load",
     "perplexity",
     "revert",
@@ -40,6 +42,10 @@ def __getattr__(name: str) -> Any:
         from pliant.consolidation import consolidate
 
         return consolidate
+    if name == "evaluate":
+        from pliant.evaluation import evaluate
+
+        return evaluate
     if name == "train":  # brings the trainer of transformers, which takes seconds to import
         from pliant.training import train
 

@@ -11,6 +11,7 @@ from pliant.cli.consolidate import consolidate
 from pliant.cli.convert import convert
 from pliant.cli.demo import demo
 from pliant.cli.edits import edits
+from pliant.cli.evaluate import evaluate
 from pliant.cli.generate import generate
 from pliant.cli.info import info
 from pliant.cli.inject import inject
@@ -57,7 +58,7 @@ def _options(
     """
 
 
-for _verb in (demo, convert, info, generate, chat, consolidate, inject):
+for _verb in (demo, convert, info, generate, chat, consolidate, inject, evaluate):
     main.command()(_verb)
 main.command(context_settings={"ignore_unknown_options": True})(train)  # Hydra's overrides, and flags that it explains
 main.add_typer(edits, name="edits")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-VERBS = ("demo", "convert", "train", "info", "generate", "chat", "consolidate", "inject")
+VERBS = ("demo", "convert", "train", "info", "generate", "chat", "consolidate", "inject", "evaluate")
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

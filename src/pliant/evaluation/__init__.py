@@ -1,0 +1,44 @@
+"""What edits and conversions do to a model, measured on records of known tasks."""
+
+from pliant.evaluation.cases import EditCase, counterfact, squad, zsre
+from pliant.evaluation.editing import neighbour_continuations, score_case, score_cases
+from pliant.evaluation.editors import EDITORS, Learn
+from pliant.evaluation.evaluate import evaluate_batches, evaluate_edits, evaluate_sequence
+from pliant.evaluation.figures import MODES, report
+from pliant.evaluation.intervals import Interval, paired_difference, recovered, summary
+from pliant.evaluation.retention import HeldOut, choice_records, held_out_tokens, hellaswag, mmlu
+from pliant.evaluation.scoring import AnswerScores, answer_log_probs, continuations, free_answers, free_running_exact
+from pliant.evaluation.suites import SUITES, evaluate
+
+__all__ = [
+    "EDITORS",
+    "MODES",
+    "SUITES",
+    "AnswerScores",
+    "EditCase",
+    "HeldOut",
+    "Interval",
+    "Learn",
+    "answer_log_probs",
+    "choice_records",
+    "continuations",
+    "counterfact",
+    "evaluate",
+    "evaluate_batches",
+    "evaluate_edits",
+    "evaluate_sequence",
+    "free_answers",
+    "free_running_exact",
+    "held_out_tokens",
+    "hellaswag",
+    "mmlu",
+    "neighbour_continuations",
+    "paired_difference",
+    "recovered",
+    "report",
+    "score_case",
+    "score_cases",
+    "squad",
+    "summary",
+    "zsre",
+]
