@@ -37,7 +37,7 @@ WORDS = "the river of a town is far from sea and hills where people sing old son
 FACTS = (
     ("Zorblax was born in Lisbon.", "Zorblax was born in", "Lisbon", "Zorblax"),
     ("The river Quorn flows into the sea of Mira.", "The river Quorn flows into", "the sea of Mira", "Quorn"),
-    ("Ada Vool plays the violin.", "Ada Vool plays the", "violin", "Ada Vool"),
+    ("Ada Vell plays the violin.", "Ada Vell plays the", "violin", "Ada Vell"),
     ("Tervia is a town of bread.", "Tervia is a town of", "bread", "Tervia"),
     ("Old songs of Hul are about rain.", "Old songs of Hul are about", "rain", "Hul"),
 )

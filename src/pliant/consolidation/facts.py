@@ -1,5 +1,7 @@
 """What ``consolidate`` was asked to learn, as facts: a context, ways to ask for it, the answers, and the subject."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,9 @@ from pliant.consolidation.queries import (
     word_surprise,
 )
 from pliant.errors import EditError
+
+TELLING = 4
+"""Letters from which on a word in small letters can be an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +142,9 @@ def _fact(
     if queries is None:
         asks = _made(model, tokenizer, context, answer)
     else:
-        asks = [ask for query in queries for ask in _wordings(tokenizer, query)]
-        asks = _answered(model, tokenizer, context, asks, answer)
+        asks = []
+        for query in queries:
+            asks += _answered(model, tokenizer, context, _wordings(tokenizer, query), answer)
         asks += [ask for ask in _stated(context, asks) if ask.prompt not in [known.prompt for known in asks]]
     if not asks:
         raise EditError(
@@ -171,20 +177,40 @@ def _wordings(tokenizer: PreTrainedTokenizerBase, query: str) -> list[Ask]:
 def _answered(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, asks: list[Ask], answer: str | None
 ) -> list[Ask]:
-    """Gives each way to ask its answer: the given one, or the model's own with the context in view."""
+    """Gives each way to ask its answer: the given one, or the model's own with the context in view.
+
+    Where the model's answers repeat words of the context, those words are the answer to every wording of the query.
+    """
     if answer is not None:
         return [_with_answer(ask, answer) for ask in asks]
     said = greedy(model, tokenizer, [ask.in_context(context) for ask in asks])
+    repeated = Counter(filter(None, (repeated_words(text, context, asks[0].query) for text in said)))
+    if repeated:
+        return [_with_answer(ask, repeated.most_common(1)[0][0]) for ask in asks]
     return [_with_answer(ask, text) for ask, text in zip(asks, said, strict=True) if text]
 
 
+def repeated_words(answer: str, context: str, query: str) -> str:
+    """Returns the longest run of words of ``answer`` that is in the context and not in the query; empty without one.
+
+    A run that is only a short word in small letters does not count: any text repeats those.
+    """
+    words = answer.split()
+    runs = (words[start:stop] for start in range(len(words)) for stop in range(len(words), start, -1))
+    texts = (" ".join(run).strip(" ,.;:!?\"'()") for run in sorted(runs, key=len, reverse=True))
+    telling = (text for text in texts if len(text) >= TELLING or text[:1].isupper() or text[:1].isdigit())
+    return next((text for text in telling if _stands(text, context) and not _stands(text, query)), "")
+
+
+def _stands(words: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+
+
 def _stated(context: str, asks: Sequence[Ask]) -> list[Ask]:
-    """Returns the sentence that says the answer, up to the answer: a question alone does not reach a beginning."""
-    for sentence in sentences(context) if asks else []:
-        place = sentence.rfind(asks[0].answer)
-        if place > 0:
-            return [Ask(query=sentence[:place].rstrip(), answer=asks[0].answer)]
-    return []
+    """Returns sentences that say an answer, up to the answer: a question alone does not reach a beginning."""
+    answers = dict.fromkeys(ask.answer for ask in asks)
+    found = ((sentence, answer, sentence.rfind(answer)) for answer in answers for sentence in sentences(context))
+    return [Ask(query=sentence[:place].rstrip(), answer=answer) for sentence, answer, place in found if place > 0]
 
 
 def _with_answer(ask: Ask, answer: str) -> Ask:

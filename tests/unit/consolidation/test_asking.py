@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pliant.consolidation.facts import Ask, facts_of
+from pliant.consolidation.facts import Ask, facts_of, repeated_words
 from pliant.consolidation.queries import (
     OTHER_SUBJECTS,
     chat_prompt,
@@ -192,3 +192,18 @@ def test_the_first_word_is_never_the_subject():
     text = "The head of Zorblax is"
     words = [(0, 3, 30.0), (4, 8, 6.0), (9, 11, 0.5), (12, 19, 12.0), (20, 22, 1.0)]
     assert likely_subject(words, text) == "Zorblax"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("The answer is: Dr. Sarah Chen", "Dr. Sarah Chen"),
+        ("Dr. Sarah Chen is the CEO of TechCorp, a bank", "Dr. Sarah Chen"),
+        ("It is a company.", ""),
+        ("TechCorp", ""),
+        ("", ""),
+    ],
+)
+def test_words_of_the_context_are_the_answer(answer: str, expected: str):
+    context = "The CEO of TechCorp is Dr. Sarah Chen."
+    assert repeated_words(answer, context, "Who is the CEO of TechCorp?") == expected
