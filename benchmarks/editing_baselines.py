@@ -22,8 +22,8 @@ from record import environment, save
 from transformers import AutoTokenizer
 
 import pliant
+from pliant.consolidation.forward import trial
 from pliant.evaluation.baselines import AlphaEdit, FineTune, Lora, Memit, Rome, randomised
-from pliant.evaluation.baselines.states import applied
 from pliant.evaluation.cases import EditCase, counterfact, pair_tokens
 from pliant.key_moments import cached_key_moments
 from pliant.models.edits import Edit
@@ -149,11 +149,11 @@ class Search:
         settings = {name: value for name, value in settings.items() if name != "strength"}
         return {**settings, **{k: v for values in self.coordinates for k, v in values[0].items()}}
 
-    def choose(self, trial: Callable[[Settings], dict[str, Any] | None]) -> None:
+    def choose(self, screen: Callable[[Settings], dict[str, Any] | None]) -> None:
         """Searches coordinate by coordinate."""
         current = self.start()
         for values in self.coordinates:
-            tried = [(scores, {**current, **value}) for value in values if (scores := trial({**current, **value}))]
+            tried = [(scores, {**current, **value}) for value in values if (scores := screen({**current, **value}))]
             if not tried:
                 break
             current = max(tried, key=lambda pair: pair[0]["soft_s"])[1]
@@ -174,7 +174,7 @@ class Search:
         editor = EDITORS[self.method](**settings, **moments(self.method))
         rows = []
         for case, edit in zip(cases, self.edits(editor, model, tokenizer, cases), strict=True):
-            with applied(model, edit.deltas):
+            with trial(model, edit.deltas):
                 rows.append(score(model, tokenizer, case))
         scores = summary(rows)
         self.state["trials"].append(
@@ -210,10 +210,10 @@ class Search:
             wall, cpu = time.perf_counter(), time.process_time()
             edit = editor(model, tokenizer, case)
             row = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-            with applied(model, edit.deltas):
+            with trial(model, edit.deltas):
                 row |= score(model, tokenizer, case)
             control = randomised(edit)
-            with applied(model, control.deltas):
+            with trial(model, control.deltas):
                 row["control"] = score(model, tokenizer, case)
             self.state["final"].append(row)
             self.keep()

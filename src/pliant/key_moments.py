@@ -7,7 +7,6 @@ import hashlib
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pliant.errors import ConfigError, DataError
 from pliant.models import Layers, select_layers
 from pliant.models.bases import cache_dir
 from pliant.models.checkpoint import digest, fingerprint
+from pliant.models.staging import replaced
 from pliant.statistics import Progress, base_mode, evaluating, input_device
 
 logger = logging.getLogger(__name__)
@@ -265,12 +265,5 @@ def _read(folder: Path, index: int, d_ffn: int, windows: int, chunk: int) -> tup
 
 
 def _write(folder: Path, index: int, total: Tensor, windows: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".layer-", delete=False) as staged:
-        pass
-    try:
-        save_file({"sum": total.cpu().contiguous()}, staged.name, {"format": _FORMAT, "windows": str(windows)})
-        os.chmod(staged.name, 0o644)
-        os.replace(staged.name, _file(folder, index))
-    finally:
-        Path(staged.name).unlink(missing_ok=True)
+    with replaced(_file(folder, index), prefix=".layer-") as staged:
+        save_file({"sum": total.cpu().contiguous()}, staged, {"format": _FORMAT, "windows": str(windows)})

@@ -101,6 +101,19 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block no parameter of the model takes a gradient; after it those do that did."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def base_mode(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """The model's ``base_mode()``; nothing to do for one that has not been converted yet."""
     return model.base_mode() if isinstance(model, DynamicCausalLM) else nullcontext()

@@ -175,3 +175,9 @@ def bytes_text(number: int) -> str:
     if number >= 2**30:
         return f"{number / 2**30:.2f} GiB"
     return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number / 2**10:.1f} KiB"
+
+
+def shortened(text: str, width: int = 60) -> str:
+    """A text as one line of at most ``width`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"

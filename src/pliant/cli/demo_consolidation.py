@@ -80,7 +80,7 @@ def learn() -> Learned:
 
     say_step(
         f"9. Learn a fact for good: {FACT.context!r}",
-        f"One closed form, against the statistics of {NUM_TOKENS:,} tokens of neutral text; the weights stay.",
+        f"Written in closed form, against the statistics of {NUM_TOKENS:,} tokens of neutral text; the weights stay.",
     )
     learner = Learner(rows.load_base(), None, NUM_TOKENS)
     logits, before = _logits(learner), _answers(learner)
@@ -132,8 +132,9 @@ def show(learned: Learned) -> None:
     """Prints the table, and what the edit cost."""
     results.print(table_of(learned))
     kl = "" if learned.edit.kl is None else f", {learned.edit.kl:.4f} nats a token from the base on neutral text"
+    value = "searched for by gradient" if learned.edit.details["optimised"] else "found without gradients"
     results.print(
-        f"Layers {', '.join(map(str, learned.edit.layers))}{kl}; {learned.kept} of {len(PROBES)} other answers stayed. "
-        "Undone: the logits are the old ones, bit for bit.",
+        f"What the subject is to say was {value}. Layers {', '.join(map(str, learned.edit.layers))}{kl}; "
+        f"{learned.kept} of {len(PROBES)} other answers stayed. Undone: the logits are the old ones, bit for bit.",
         markup=False,
     )

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pliant.cli import options as o
-from pliant.cli.console import bytes_text, hush_transformers, results, say_step
+from pliant.cli.console import bytes_text, hush_transformers, results, say_step, shortened
 from pliant.errors import CheckpointError, EditError
 
 if TYPE_CHECKING:
     from pliant.models import Edit, SavedEdits
-
-SHOWN_CONTEXT = 60
 
 edits = typer.Typer(no_args_is_help=True)
 
@@ -64,7 +63,7 @@ def list_edits(directory: DirArgument, as_json: JsonOption = False) -> None:
         table.add_column(column, justify="right")
     for edit in entries:
         table.add_row(
-            edit.id, edit.created, _plain(_shortened(edit.context)), _layers(edit), str(edit.rank), *_figures(edit)
+            edit.id, edit.created, escape(shortened(edit.context)), _layers(edit), str(edit.rank), *_figures(edit)
         )
     results.print(table)
 
@@ -85,9 +84,9 @@ def show(directory: DirArgument, edit_id: IdArgument, as_json: JsonOption = Fals
     table = Table(show_header=False, title=f"edit {edit.id}")
     for name, value in _summary(edit).items():
         if name not in ("id", "details", "layers"):
-            table.add_row(name, _plain("not measured" if value is None else str(value)))
+            table.add_row(name, escape("not measured" if value is None else str(value)))
     for name, value in edit.details.items():
-        table.add_row(name, _plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+        table.add_row(name, escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     results.print(table)
     changes = Table(title="what it changes")
     changes.add_column("projection")
@@ -126,7 +125,7 @@ def revert(
     write_edits(directory, saved.with_edits([edit for edit in saved if edit.id not in gone]))
     for edit in saved:
         if edit.id in gone:
-            results.print(f"reverted {edit.id}: {_shortened(edit.context)}", markup=False, soft_wrap=True)
+            results.print(f"reverted {edit.id}: {shortened(edit.context)}", markup=False, soft_wrap=True)
     results.print(f"{len(saved) - len(gone)} left in {directory}", markup=False, soft_wrap=True)
 
 
@@ -190,7 +189,7 @@ def apply_edits(
             model.edits.add(edit)
     write_edits(directory, current.with_edits(list(model.edits)))
     for edit in list(model.edits)[len(current) :]:
-        results.print(f"applied {edit.id}: {_shortened(edit.context)}", markup=False, soft_wrap=True)
+        results.print(f"applied {edit.id}: {shortened(edit.context)}", markup=False, soft_wrap=True)
     results.print(f"{len(model.edits)} in {directory}", markup=False, soft_wrap=True)
 
 
@@ -262,14 +261,3 @@ def _figures(edit: "Edit") -> tuple[str, str]:
 
 def _layers(edit: "Edit") -> str:
     return ", ".join(map(str, edit.layers))
-
-
-def _shortened(context: str) -> str:
-    line = " ".join(context.split())
-    return line if len(line) <= SHOWN_CONTEXT else f"{line[: SHOWN_CONTEXT - 1]}…"
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from pliant.cli.console import progress_display, results
+from pliant.cli.console import progress_display, results, shortened
 from pliant.errors import CheckpointError, EditError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pliant.models import Edit
 
 NEW_TOKENS = 24
+SHOWN_WIDTH = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ def show(edit: "Edit", compared: dict[str, str] | None) -> None:
     table = Table(show_header=False, title="learned")
     rows: list[tuple[str, str]] = [("id", edit.id)]
     rows += [("subject", _listed(details.get("subjects", ())))]
-    rows += [("queries", _listed([query for queries in details.get("queries", ()) for query in queries]))]
+    rows += [("queries", _listed([query for queries in details.get("queries", ()) for query in _asked(queries)]))]
     rows += [("answers", _listed(details.get("answers", ())))]
     rows += [("layers", ", ".join(map(str, edit.layers)))]
     if edit.kl is not None:
@@ -166,17 +168,20 @@ def show(edit: "Edit", compared: dict[str, str] | None) -> None:
     if compared is not None:
         rows += [(f"{compared['query']!r} before", compared["before"]), ("after", compared["after"])]
     for name, value in rows:
-        table.add_row(_plain(name), _plain(value))
+        table.add_row(escape(name), escape(value))
     results.print(table)
+
+
+def _asked(queries: Sequence[str]) -> list[str]:
+    """The queries that are not an earlier question again, behind "Question:" or between the marks of a chat."""
+    asked: list[str] = []
+    for query in queries:
+        if not any(known.endswith("?") and known in query for known in asked):
+            asked.append(query)
+    return asked
 
 
 def _listed(texts: Sequence[str], most: int = 4) -> str:
     """Up to ``most`` texts, one a line, and how many more there are."""
-    shown = [" ".join(text.split()) or "(none)" for text in texts[:most]]
+    shown = [shortened(text, SHOWN_WIDTH) or "(none)" for text in texts[:most]]
     return "\n".join([*shown, *([f"… and {len(texts) - most} more"] if len(texts) > most else [])])
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

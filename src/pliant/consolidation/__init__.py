@@ -1,4 +1,4 @@
-"""Learning from a context for good: what a text says becomes an edit of the weights, in closed form.
+"""Learning from a context for good: what a text says becomes an edit of the weights, written in closed form.
 
 The way of a fact: it is asked for in several wordings (`facts`, `queries`), which become rows of tokens (`rows`); what
 the states should be at the subject and at the answer is solved for (`solve`, `stages`, `targets`), written into

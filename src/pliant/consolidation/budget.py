@@ -51,7 +51,7 @@ def shrunk(
     share = 1.0
     for attempt in range(TRIALS):
         some = {name: Delta(left=share * delta.left, right=delta.right) for name, delta in deltas.items()}
-        with trial(model, {name: [delta] for name, delta in some.items()}):
+        with trial(model, some):
             kl = neutral.kl(model)
         if not math.isfinite(kl):
             raise EditError(

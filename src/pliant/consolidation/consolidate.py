@@ -1,8 +1,10 @@
-"""``pliant.consolidate``: one closed-form pass that turns what a context says into an edit of the weights."""
+"""``pliant.consolidate``: what a context says becomes an edit of the weights, written in closed form.
+
+What is written at a subject may be searched for by gradient first, as ``target`` says.
+"""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from pliant.consolidation.writers import WriteSettings
 from pliant.key_moments import NUM_TOKENS
 from pliant.models import DynamicCausalLM, Layers
 from pliant.models.edits import Edit
-from pliant.statistics import Progress, evaluating
+from pliant.statistics import Progress, evaluating, frozen
 
 SHOWN = 16
 """Facts of a batch that the ledger describes in words."""
@@ -42,8 +44,9 @@ def consolidate(
 ) -> Edit:
     """Learns ``context`` for good: writes it into the weights as one edit of the ledger, and returns that edit.
 
-    Afterwards the model answers the queries without the context. Nothing is trained; only ``optimised`` targets take
-    gradients, of one vector a fact. ``pliant.revert(model, edit.id)`` takes the edit back.
+    Afterwards the model answers the queries without the context. No weight is trained; ``optimised``, and ``auto``
+    where a forward pass falls short, take gradients of one vector a fact. ``pliant.revert(model, edit.id)`` takes the
+    edit back.
 
     Args:
         model: A pliant model, dense or converted, quantised or not.
@@ -72,7 +75,7 @@ def consolidate(
     if settings is None:
         settings = Consolidation(layers=layers, target=target, alpha=alpha, write=WriteSettings(writer=writer))
     subject_layers, answer_layers = settings.places(model.config.num_hidden_layers)
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model), _frozen(model):
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model), frozen(model):
         facts = facts_of(model, tokenizer, context, queries, answer, subject)
         resources = resources_of(model, tokenizer, text, num_tokens)
         solver = Solver(
@@ -98,16 +101,3 @@ def consolidate(
     }
     edit = Edit(context="\n".join(fact.context for fact in facts), deltas=deltas, kl=kl, details=details)
     return model.edits.add(edit)
-
-
-@contextmanager
-def _frozen(model: DynamicCausalLM) -> Iterator[None]:
-    """Within the block no parameter of the model takes a gradient."""
-    changed = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in changed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(True)

@@ -1,6 +1,6 @@
 """Parts of a forward pass: from one layer on, with what a layer's MLP reads and what the layer leaves."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -93,10 +93,10 @@ class PartialPass:
 
 
 @contextmanager
-def trial(model: PreTrainedModel, deltas: Mapping[str, Sequence[Delta]]) -> Iterator[None]:
+def trial(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
     """Within the block the projections that ``deltas`` name carry these changes beside those of the ledger."""
-    places = [(model.model.get_submodule(path), some) for path, some in deltas.items() if some]
-    hooks = [module.register_forward_hook(EditHook(some)) for module, some in places]
+    places = [(model.model.get_submodule(path), delta) for path, delta in deltas.items()]
+    hooks = [module.register_forward_hook(EditHook([delta])) for module, delta in places]
     try:
         yield
     finally:

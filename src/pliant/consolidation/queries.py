@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -132,15 +132,6 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str | None:
     return None if marks is None else marks[0] + message + marks[1]
 
 
-def forms(tokenizer: PreTrainedTokenizerBase, query: str) -> list[str]:
-    """Returns the ways in which a query is put: a question also after "Question:" and to the chat model."""
-    query = query.strip()
-    if not query.endswith("?"):
-        return [query]
-    chat = chat_prompt(tokenizer, query)
-    return [query, QUESTION.format(query), *([] if chat is None else [chat])]
-
-
 @torch.no_grad()
 def greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 24
@@ -160,11 +151,3 @@ def greedy(
         lines = text.strip().splitlines()
         answers.append(sentences(lines[0])[0].rstrip(".") if lines and sentences(lines[0]) else "")
     return answers
-
-
-def log_probability(
-    model: PreTrainedModel, hidden: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """Returns the log-probability of each target under the last hidden state of its place, in nats."""
-    logits = model.lm_head(model.model.norm(hidden.to(model.lm_head.weight.dtype))).float()
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]

@@ -20,14 +20,13 @@ from pliant.consolidation.stages import (
     Problem,
     SubjectStage,
     context_places,
-    path,
     write_answers,
 )
 from pliant.consolidation.writers import write
 from pliant.errors import EditError
 from pliant.key_moments import KeyMoments
 from pliant.models import DynamicCausalLM
-from pliant.models.edits import Delta
+from pliant.models.edits import Delta, down_proj
 
 FACTS_AT_ONCE = 64
 """Facts whose subjects are looked at together."""
@@ -76,7 +75,7 @@ class Solver:
         deltas: dict[str, Delta] = {}
         for layer in subject_layers:
             if any(row.subject is not None for row in self.problem.rows):
-                deltas[path(layer)], details["optimised"] = self._write_subjects(layer)
+                deltas[down_proj(layer)], details["optimised"] = self._write_subjects(layer)
         if deltas:
             budget = self.settings.kl_budget and self.settings.kl_budget * SUBJECT_BUDGET / self.settings.alpha**2
             deltas, _, details["subject_share"] = shrunk(self.model, deltas, self.neutral, budget)

@@ -1,8 +1,9 @@
 """The two places that are written in: the subject, early, and the place of the answer, late.
 
 What a text says after a subject was mentioned is drawn, layer by layer, from the state of the subject's last token. A
-change there reaches every wording of a question, but not exactly. A change where the answer is predicted is exact for
-the wordings at hand, and hardly reaches others. So the subject is written first, and late layers add what is missing.
+change there reaches every wording of a question, but not exactly. A change where the answer is predicted is least
+squares over the prompts at hand: nearly exact there until the KL budget shrinks it, and hardly felt elsewhere. So the
+subject is written first, and late layers add what is missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from pliant.consolidation.rows import Row, gathered, padded
 from pliant.consolidation.targets import margin_residual, spread
 from pliant.consolidation.writers import WriteSettings, write
 from pliant.key_moments import KeyMoments
-from pliant.models.edits import Delta
+from pliant.models.edits import Delta, down_proj
 
 STRENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0)
 """Multiples of the change of state that are tried at the subject, until the answer is likely enough."""
@@ -29,11 +30,6 @@ STEPS, LEARNING_RATE, CLAMP, DECAY = 15, 0.5, 4.0, 0.02
 """Of the search for a value by gradient: Adam's steps and rate, the largest norm beside the state's, weight decay."""
 ENOUGH = 0.3
 """Nats a token at which the search for a value stops."""
-
-
-def path(layer: int) -> str:
-    """Returns the path of a layer's ``down_proj`` within the inner model."""
-    return f"layers.{layer}.mlp.down_proj"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,20 +187,16 @@ def write_answers(
         fill: Token to pad rows with.
     """
     written: dict[str, Delta] = {}
-
-    def in_effect() -> dict[str, list[Delta]]:
-        return {name: [delta] for name, delta in (*given.items(), *written.items())}
-
-    with trial(model, in_effect()):
+    with trial(model, given):
         rows = _Chunks(model, problem.rows, goal.places(problem.rows), layers[0], fill)
         others = _Chunks(model, problem.contrast, goal.places(problem.contrast), layers[0], fill)
         target = goal.target(rows.after(layers[-1]))
     for index, layer in enumerate(layers):
-        with trial(model, in_effect()):
+        with trial(model, {**given, **written}):
             keys, after = rows.at(layer, layers[-1])
             contrast = others.at(layer, layer)[0] if problem.contrast else None
         residual = spread(target, after, len(layers) - index)
-        written[path(layer)] = write(settings, keys, residual, contrast, moments[layer], facts=problem.facts)
+        written[down_proj(layer)] = write(settings, keys, residual, contrast, moments[layer], facts=problem.facts)
     return written
 
 

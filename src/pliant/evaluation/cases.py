@@ -10,14 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pliant.consolidation.queries import QUESTION
 from pliant.data.embedded import EMBEDDED_SOURCES, package_root, records
 from pliant.errors import ConfigError, DataError
 
 Pair = tuple[str, str]
 """A prompt and its answer."""
-
-QUESTION = "Question: {}\nAnswer:"
-"""How a question is put."""
 
 _NUMBERING = re.compile(r"^\s*\d+[.)]\s+", re.MULTILINE)
 _SQUAD_FORM = re.compile(r"\nBackground: (.*)\nQuestion: (.*)\nAnswer:\s*\Z", re.DOTALL)

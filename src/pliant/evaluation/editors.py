@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pliant.architectures.base import nearest
 from pliant.consolidation import Consolidation, consolidate
+from pliant.consolidation.queries import QUESTION
 from pliant.errors import ConfigError, EditError
 from pliant.evaluation.baselines import AlphaEdit, FineTune, KeyMemory, Lora, Memit, RandomDirection, Rome
-from pliant.evaluation.cases import QUESTION, EditCase
+from pliant.evaluation.cases import EditCase
 from pliant.models.edits import Edit
 
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -13,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pliant.consolidation.queries import QUESTION
 from pliant.data import documents, token_windows
 from pliant.data.embedded import package_root, records
 from pliant.errors import ConfigError, DataError
-from pliant.evaluation.cases import QUESTION, pair_tokens
+from pliant.evaluation.cases import pair_tokens
+from pliant.evaluation.records import Record
 from pliant.evaluation.scoring import score_tokens
 from pliant.metrics import LOGITS_CHUNK
 from pliant.statistics import Progress, evaluating, input_device
@@ -26,8 +27,6 @@ CHOICES_AT_ONCE = 64
 ARROW_FILE = "data-00000-of-00001.arrow"
 MMLU_FOLDER = "hf_datasets/hails/mmlu_no_train"
 HELLASWAG_FILE = f"hf_datasets/hellaswag/none/validation/{ARROW_FILE}"
-
-Record = dict[str, Any]
 
 
 def held_out_tokens(

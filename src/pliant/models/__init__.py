@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pliant.models.bases import SHAPES, resolve_base, shape_config
 from pliant.models.dynamic import DynamicCausalLM
-from pliant.models.edits import Delta, Edit
+from pliant.models.edits import Delta, Edit, down_proj
 from pliant.models.export import export_merged
 from pliant.models.families import FAMILIES, Family, family_of
 from pliant.models.fresh import fresh, fresh_config
@@ -33,6 +33,7 @@ __all__ = [
     "ModelReport",
     "PliantSpec",
     "SavedEdits",
+    "down_proj",
     "export_merged",
     "family_of",
     "fresh",

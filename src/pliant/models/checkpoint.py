@@ -6,7 +6,6 @@ tensor is quantised or offloaded and cannot be compared.
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from pliant.errors import CheckpointError
 from pliant.models.bases import resolve_base
 from pliant.models.graft import install, with_spec
 from pliant.models.spec import FORMAT_VERSION, PliantSpec
+from pliant.models.staging import replaced
 
 DELTA_NAME = "pliant_delta.safetensors"
 FINGERPRINT_KEY = "base_fingerprint"
@@ -105,20 +105,13 @@ def save_delta(
         "base_dtype": str(model.dtype),
     }
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".delta-", delete=False) as staged:
-        pass
-    try:
-        save_file(tensors, staged.name, metadata=metadata)
-        os.chmod(staged.name, 0o644)
+    with replaced(folder / DELTA_NAME, prefix=".delta-") as staged:
+        save_file(tensors, staged, metadata=metadata)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-        os.replace(staged.name, folder / DELTA_NAME)
-    finally:
-        Path(staged.name).unlink(missing_ok=True)
 
 
 def save_tokenizer(name: str, directory: str | os.PathLike) -> None:

@@ -17,6 +17,11 @@ from pliant.errors import EditError
 ID_PATTERN = re.compile(r"[0-9a-f]{8}")
 
 
+def down_proj(layer: int) -> str:
+    """Returns the path of a layer's ``down_proj`` within the inner model."""
+    return f"layers.{layer}.mlp.down_proj"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Delta:
     """Change of one projection W (out, in): ``ΔW = left rightᵀ + diag(scale) W``, in fp32 on the CPU.

@@ -6,7 +6,6 @@ disk, is the old file or the new one.
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pliant.models.checkpoint import FINGERPRINT_KEY, HUB_OPTIONS, cached, diges
 from pliant.models.edits import Delta, Edit
 from pliant.models.ledger import Ledger
 from pliant.models.spec import PliantSpec
+from pliant.models.staging import replaced
 
 EDITS_NAME = "pliant_edits.safetensors"
 EDITS_FORMAT = 1
@@ -132,24 +132,14 @@ def write_edits(folder: str | os.PathLike, saved: SavedEdits) -> None:
         "base_dtype": saved.base_dtype,
         "edits": json.dumps([_entry(edit) for edit in saved.edits], ensure_ascii=False),
     }
-    staged = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, staged = tempfile.mkstemp(dir=target.parent, prefix=STAGED_PREFIX)
-        os.close(descriptor)
-        save_file(tensors, staged, metadata=metadata)
-        os.chmod(staged, 0o644)
-        with open(staged, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staged, target)
+        with replaced(target, prefix=STAGED_PREFIX) as staged:
+            save_file(tensors, staged, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise EditError(
             f"{target} could not be written ({error}); the edits on disk are as they were. Free some space, or choose "
             "another folder."
         ) from error
-    finally:
-        if staged is not None:
-            Path(staged).unlink(missing_ok=True)
 
 
 def snapshot(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> SavedEdits:

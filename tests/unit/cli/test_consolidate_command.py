@@ -9,8 +9,9 @@ import torch
 import pliant
 import pliant.consolidation
 from pliant.cli.consolidate import facts_of
+from pliant.cli.learning import show
 from pliant.errors import EditError
-from pliant.models import EDITS_NAME, read_edits
+from pliant.models import EDITS_NAME, Delta, Edit, down_proj, read_edits
 
 FACT = "The green robot looks for water."
 GIVEN = ("--query", "The green robot looks for", "--answer", "the memory", "--subject", "robot")
@@ -58,6 +59,20 @@ def test_a_folder_of_pliants_is_edited_in_place(teach, edited, tiny, files_of):
         assert part in text
     assert f"pliant edits list {edited}" in told.stdout
     assert not torch.equal(logits(pliant.load(edited)), logits(pliant.load(tiny)))
+
+
+def test_the_table_shows_each_question_once_and_on_one_line(capsys):
+    question, long = "Who leads TechCorp?", "The CEO " * 30 + "is"
+    queries = [question, f"Question: {question}\nAnswer:", f"<|im_start|>user\n{question}<|im_end|>\n", long]
+    delta = Delta(left=torch.ones(2, 1), right=torch.ones(3, 1))
+    edit = Edit(context=FACT, deltas={down_proj(1): delta}, details={"queries": [queries, ["The sea is"]]})
+    show(edit, None)
+    shown = capsys.readouterr().out
+    assert shown.count(question) == 1
+    assert "The sea is" in shown
+    assert "…" in shown
+    assert "<|im_start|>" not in shown
+    assert long not in " ".join(shown.split())
 
 
 def test_a_second_fact_goes_behind_the_first(teach, edited, run, tiny):

@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pliant.architectures import NptConfig
-from pliant.cli import demo_folder, demo_rows
+from pliant.cli import demo_consolidation, demo_folder, demo_rows
 from pliant.cli.demo import Plan, _at_powers_of_two, _directions
 from pliant.cli.plots import Point, draw, draw_training
 from pliant.errors import CheckpointError, DataError
+from pliant.models import Delta, Edit, down_proj
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -93,6 +95,17 @@ def test_the_figure_of_training_is_drawn(tmp_path):
 @pytest.mark.parametrize(("shares", "count"), [([0.5, 0.995, 1.0], 2), ([1.0], 1), ([0.2, 0.98], 2)])
 def test_directions_for_99_percent(shares, count):
     assert _directions(shares) == count
+
+
+@pytest.mark.parametrize(("optimised", "said"), [(0, "found without gradients"), (1, "searched for by gradient")])
+def test_what_learning_took_is_told(capsys, optimised, said):
+    delta = Delta(left=torch.ones(2, 1), right=torch.ones(3, 1))
+    edit = Edit(context="a fact", deltas={down_proj(3): delta}, kl=0.001, details={"optimised": optimised})
+    answers = dict.fromkeys((*demo_consolidation.ASKED, *demo_consolidation.PROBES), "x")
+    demo_consolidation.show(demo_consolidation.Learned(edit=edit, before=answers, after=answers, seconds=1.0))
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"was {said}. Layers 3, 0.0010 nats" in told
+    assert "3 of 3 other answers stayed" in told
 
 
 def test_energy_is_recorded_at_powers_of_two():

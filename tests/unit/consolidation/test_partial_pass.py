@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import pliant
 from pliant.consolidation.forward import PartialPass, trial
-from pliant.models.edits import Delta
+from pliant.models.edits import Delta, down_proj
 
 KINDS = ("dense", "keyed")
 TOLERANCE = 1e-6
@@ -136,13 +136,12 @@ def test_a_pass_that_fails_leaves_the_layers_as_they_were(
     assert traces(model) == left
 
 
-def changes(model: Any) -> dict[str, list[Delta]]:
-    generator = torch.Generator().manual_seed(2)
+def changes(seed: int = 2) -> dict[str, Delta]:
+    generator = torch.Generator().manual_seed(seed)
     return {
-        f"layers.{index}.mlp.down_proj": [
-            Delta(left=torch.randn(32, 2, generator=generator), right=0.1 * torch.randn(48, 2, generator=generator))
-            for _ in range(2)
-        ]
+        down_proj(index): Delta(
+            left=torch.randn(32, 2, generator=generator), right=0.1 * torch.randn(48, 2, generator=generator)
+        )
         for index in (0, 2)
     }
 
@@ -152,15 +151,15 @@ def test_a_trial_is_the_changed_weights_and_leaves_no_hook(
     kind: str, make_model: Callable[..., Any], prompt: Tensor, largest_difference: Callable[..., float]
 ):
     model = make_model(kind)
-    left, deltas = traces(model), changes(model)
+    left, first, second = traces(model), changes(), changes(3)
     with torch.no_grad():
         before = model(prompt).logits
-        with trial(model, deltas):
+        with trial(model, first), trial(model, second):
             tried = model(prompt).logits
         assert traces(model) == left
         assert torch.equal(model(prompt).logits, before)
-        for name, some in deltas.items():
-            for delta in some:
+        for deltas in (first, second):
+            for name, delta in deltas.items():
                 model.model.get_submodule(name).weight += delta.left @ delta.right.T
         assert largest_difference(tried, model(prompt).logits) < 1e-5
     assert not torch.allclose(tried, before, atol=0.01)
@@ -169,12 +168,11 @@ def test_a_trial_is_the_changed_weights_and_leaves_no_hook(
 def test_a_trial_stands_beside_the_ledger(make_base: Callable[..., Any], tmp_path: Any, prompt: Tensor):
     make_base().save_pretrained(tmp_path / "base")
     model = pliant.load(tmp_path / "base").eval()
-    deltas = changes(model)
-    edits = [pliant.models.Edit(context="a", deltas={name: some[i] for name, some in deltas.items()}) for i in (0, 1)]
+    edits = [pliant.models.Edit(context="a", deltas=changes(seed)) for seed in (2, 3)]
     with torch.no_grad():
         model.edits.add(edits[0])
         alone = model(prompt).logits
-        with trial(model, {name: [some[1]] for name, some in deltas.items()}):
+        with trial(model, edits[1].deltas):
             both = model(prompt).logits
         assert torch.equal(model(prompt).logits, alone)
         model.edits.add(edits[1])
@@ -186,23 +184,23 @@ def test_a_trial_that_fails_leaves_no_hook(make_model: Callable[..., Any]):
     left = traces(model)
 
     def use() -> None:
-        with trial(model, changes(model)):
+        with trial(model, changes()):
             assert traces(model) != left
             raise KeyError
 
     with pytest.raises(KeyError):
         use()
     assert traces(model) == left
-    with trial(model, {"layers.0.mlp.down_proj": []}):
+    with trial(model, {}):
         assert traces(model) == left
 
 
 def test_a_trial_of_an_unknown_place_leaves_no_hook(make_model: Callable[..., Any]):
     model = make_model("dense")
-    left, some = traces(model), changes(model)
+    left, some = traces(model), changes()
     with (
         pytest.raises(AttributeError),
-        trial(model, {**some, "layers.7.mlp.down_proj": some["layers.0.mlp.down_proj"]}),
+        trial(model, {**some, down_proj(7): some[down_proj(0)]}),
     ):
         pass
     assert traces(model) == left

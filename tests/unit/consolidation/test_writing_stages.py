@@ -16,11 +16,11 @@ from pliant.consolidation.stages import (
     Problem,
     SubjectStage,
     context_places,
-    path,
     write_answers,
 )
 from pliant.consolidation.writers import WriteSettings, write
 from pliant.key_moments import KeyMoments, key_moments
+from pliant.models.edits import down_proj
 
 LAST = 2
 
@@ -156,7 +156,7 @@ def test_a_search_that_is_written_holds(model: Any, problem: Problem, moments: d
     stage = SubjectStage(model, part, 0, 0)
     value = stage.search(torch.zeros(1, 32), torch.tensor([True]))
     delta = write(WriteSettings(writer="normalised"), stage.keys, value, None, moments[0])
-    with trial(model, {path(0): [delta]}):
+    with trial(model, {down_proj(0): delta}):
         now = SubjectStage(model, part, 0, 0)
         torch.testing.assert_close(now.state, stage.state + value, rtol=1e-3, atol=1e-3)
         assert plain_log_p(model, part.rows[0]) > float(stage.log_p(torch.zeros(1, 32))) + 1
@@ -187,8 +187,8 @@ def test_answers_become_greedy(
     goal = AnswerGoal(model, problem, 2.0)
     assert not any(greedy_answers(model, problem.rows))
     deltas = written(model, problem, layers, goal, moments, neutral=1e-4)
-    assert list(deltas) == [path(layer) for layer in layers]
-    with trial(model, {name: [delta] for name, delta in deltas.items()}):
+    assert list(deltas) == [down_proj(layer) for layer in layers]
+    with trial(model, deltas):
         assert all(greedy_answers(model, problem.rows))
     assert not any(greedy_answers(model, problem.rows))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -210,8 +210,8 @@ def test_changes_that_are_in_effect_count(model: Any, problem: Problem, moments:
     goal = AnswerGoal(model, problem, 2.0)
     first = written(model, problem, [1], goal, moments, neutral=1e-4)
     later = written(model, problem, [LAST], goal, moments, given=first, neutral=1e-4)
-    assert set(later) == {path(LAST)}
-    with trial(model, {name: [delta] for name, delta in (first | later).items()}):
+    assert set(later) == {down_proj(LAST)}
+    with trial(model, first | later):
         assert all(greedy_answers(model, problem.rows))
     again = written(model, problem, [LAST], goal, moments, given=first | later, neutral=1e-4)
     again_norm, norm = (sum(delta.norm_squared for delta in some.values()) for some in (again, later))
@@ -223,7 +223,7 @@ def test_contrast_keeps_other_subjects(model: Any, problem: Problem, moments: An
     for contrast in (0.0, 50.0):
         deltas = written(model, problem, [LAST], AnswerGoal(model, problem, 2.0), moments, contrast=contrast)
         before = [plain_log_p(model, row) for row in problem.contrast]
-        with trial(model, {name: [delta] for name, delta in deltas.items()}):
+        with trial(model, deltas):
             after = [plain_log_p(model, row) for row in problem.contrast]
         moved.append(sum(abs(late - early) for late, early in zip(after, before, strict=True)))
     assert moved[1] < 0.5 * moved[0]

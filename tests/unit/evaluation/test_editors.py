@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 import pliant
 from pliant.consolidation import Consolidation
+from pliant.consolidation.queries import QUESTION
 from pliant.errors import ConfigError, DataError, EditError
 from pliant.evaluation import EDITORS, EditCase, Learn, editors, evaluate, evaluate_edits, figures, suites
 from pliant.evaluation.baselines import RandomDirection
-from pliant.evaluation.cases import QUESTION, counterfact
+from pliant.evaluation.cases import counterfact
 from pliant.evaluation.editors import OWN, editor_named, editor_settings
 from pliant.models.edits import Delta, Edit
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.errors import EditError
-from pliant.evaluation.baselines.memit import Memit
+from pliant.evaluation.baselines.memit import Memit, solved
 from pliant.key_moments import KeyMoments
 from pliant.models.edits import Edit
 
@@ -77,9 +77,7 @@ class AlphaEdit(Memit):
             system = past.T @ past
             system.diagonal().add_(damping)
             whitened -= past @ torch.linalg.solve(system, past.T @ own) / damping
-        system = own.T @ whitened
-        system.diagonal().add_(1)
-        return (kept @ torch.linalg.solve(system, whitened.T).T).float()
+        return (kept @ solved(whitened, own, 1.0)).float()
 
     def _remember(self, edit: Edit, keys: Mapping[int, Float[Tensor, "d_ffn cases"]]) -> None:
         if self.memory is not None:

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.errors import EditError
 from pliant.evaluation.baselines.prompts import case_rows, sampled_prefixes
-from pliant.evaluation.baselines.states import down_proj, finished, frozen, hooks, layer_at, low_rank, settings_of
+from pliant.evaluation.baselines.states import finished, hooks, layer_at, low_rank, searching, settings_of
 from pliant.evaluation.baselines.training import Training, descend
 from pliant.evaluation.cases import EditCase
-from pliant.models.edits import Edit
+from pliant.models.edits import Edit, down_proj
 from pliant.models.placement import compute_device
 
 
@@ -51,7 +51,7 @@ class FineTune(Training):
         projection = model.model.get_submodule(down_proj(layer))
         width = model.config.intermediate_size
         rows = case_rows(tokenizer, cases, prefixes)
-        with frozen(model):
+        with searching(model):
             limit = None if self.bound is None else self.bound * _root_mean_square(projection, width)
             change = torch.zeros(model.config.hidden_size, width, device=compute_device(projection), requires_grad=True)
 

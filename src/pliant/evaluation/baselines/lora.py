@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.errors import EditError
 from pliant.evaluation.baselines.prompts import case_rows, sampled_prefixes
-from pliant.evaluation.baselines.states import finished, frozen, layer_at, settings_of
+from pliant.evaluation.baselines.states import finished, layer_at, searching, settings_of
 from pliant.evaluation.baselines.training import Training, descend
 from pliant.evaluation.cases import EditCase
 from pliant.models.edits import Delta, Edit
@@ -55,7 +55,7 @@ class Lora(Training):
         )
         rows = case_rows(tokenizer, cases, prefixes)
         first, last = (layer_at(model, depth) for depth in self.depths)
-        with frozen(model), self._injected(model, list(range(first, last + 1))) as layers:
+        with searching(model), self._injected(model, list(range(first, last + 1))) as layers:
             parameters = [p for layer in layers.values() for p in _factors(layer)]
             for parameter in parameters:
                 parameter.requires_grad_(True)

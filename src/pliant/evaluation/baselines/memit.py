@@ -9,11 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pliant.consolidation.forward import trial
 from pliant.errors import EditError
 from pliant.evaluation.baselines.prompts import case_rows
 from pliant.evaluation.baselines.states import (
-    applied,
-    down_proj,
     finished,
     layer_at,
     low_rank,
@@ -24,7 +23,7 @@ from pliant.evaluation.baselines.states import (
 from pliant.evaluation.baselines.values import ValueSearch
 from pliant.evaluation.cases import EditCase
 from pliant.key_moments import NUM_TOKENS, KeyMoments
-from pliant.models.edits import Delta, Edit
+from pliant.models.edits import Delta, Edit, down_proj
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ class Memit(ValueSearch):
         keys: dict[int, Tensor] = {}
         targets: Tensor | None = None
         for index, layer in enumerate(layers):
-            with applied(model, deltas):
+            with trial(model, deltas):
                 states = subject_states(model, rows, [layer], hidden_after=layers[-1])
             assert states.hidden is not None
             targets = states.hidden + values if targets is None else targets
@@ -114,9 +113,7 @@ class Memit(ValueSearch):
     ) -> Float[Tensor, "d_ffn cases"]:
         """Returns G with ``ΔW = R Gᵀ``."""
         whitened = self._moments(model, tokenizer, layer).solve(keys, self.ridge).double()
-        system = keys.double().T @ whitened
-        system.diagonal().add_(self.strength * len(keys))
-        return torch.linalg.solve(system, whitened.T).T.float()
+        return solved(whitened, keys.double(), self.strength * len(keys)).float()
 
     def _moments(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int) -> KeyMoments:
         moments = self.moments or moments_of(model, tokenizer, self.layers(model), self.num_tokens)
@@ -124,6 +121,15 @@ class Memit(ValueSearch):
 
     def _remember(self, edit: Edit, keys: Mapping[int, Float[Tensor, "d_ffn cases"]]) -> None:
         """MEMIT forgets."""
+
+
+def solved(
+    whitened: Float[Tensor, "n cases"], keys: Float[Tensor, "n cases"], damping: float
+) -> Float[Tensor, "n cases"]:
+    """Returns ``W (damping · I + Kᵀ W)⁻¹`` for symmetric ``Kᵀ W``."""
+    system = keys.T @ whitened
+    system.diagonal().add_(damping)
+    return torch.linalg.solve(system, whitened.T).T
 
 
 def _factors(left: Float[Tensor, "d_model cases"], right: Float[Tensor, "d_ffn cases"]) -> Delta:

@@ -1,4 +1,4 @@
-"""What the editors share: reading keys and hidden states, running frozen models, writing for a while."""
+"""What the editors share: reading keys and hidden states, searching by gradient, finishing an edit."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,8 +15,8 @@ from pliant.errors import EditError
 from pliant.evaluation.baselines.prompts import Row
 from pliant.evaluation.cases import EditCase
 from pliant.key_moments import KeyMoments, cached_key_moments
-from pliant.models.edits import Delta, Edit
-from pliant.statistics import evaluating, input_device
+from pliant.models.edits import Delta, Edit, down_proj
+from pliant.statistics import evaluating, frozen, input_device
 
 ROWS = 64
 """Rows that are read at once."""
@@ -45,11 +45,6 @@ class States:
     hidden: Float[Tensor, "d_model cases"] | None = None
 
 
-def down_proj(layer: int) -> str:
-    """The path of a layer's ``down_proj`` within the inner model."""
-    return f"layers.{layer}.mlp.down_proj"
-
-
 def layer_at(model: PreTrainedModel, depth: float) -> int:
     """The layer at a share of the depth: ``round(depth · num_layers)``, at most the last.
 
@@ -73,32 +68,9 @@ def hooks(*handles: Any) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block gradients are on, the model is in evaluation mode and none of its parameters has a gradient."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def applied(model: PreTrainedModel, deltas: Mapping[str, Delta]) -> Iterator[None]:
-    """Within the block the projections give ``W x + left rightᵀ x``."""
-
-    def hook(delta: Delta) -> Callable[..., Tensor]:
-        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            left, right = delta.left.to(output.device), delta.right.to(output.device)
-            return output + (args[0].to(right) @ right @ left.T).to(output)
-
-        return add
-
-    modules = {path: model.model.get_submodule(path) for path in deltas}
-    with hooks(*(modules[path].register_forward_hook(hook(delta)) for path, delta in deltas.items())):
+def searching(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block gradients are on, none of them of a parameter, and the model is in evaluation mode."""
+    with frozen(model), evaluating(model), torch.inference_mode(False), torch.enable_grad():
         yield
 
 

@@ -12,8 +12,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.evaluation.baselines.prompts import Row, case_rows, encode, sampled_prefixes
-from pliant.evaluation.baselines.states import down_proj, frozen, hooks, padded
+from pliant.evaluation.baselines.states import hooks, padded, searching
 from pliant.evaluation.cases import EditCase
+from pliant.models.edits import down_proj
 from pliant.statistics import input_device
 
 ESSENCE = "{} is a"
@@ -74,7 +75,7 @@ class ValueSearch:
                 essences = [encode(tokenizer, *text, owner=owner) for owner, text in enumerate(texts)]
                 return _Suffixes(model, case_rows(tokenizer, left, prefixes), essences)
 
-            with frozen(model):
+            with searching(model):
                 found.append(self._descend(read, model, layer, len(chunk)))
         return torch.cat(found).T.contiguous()
 

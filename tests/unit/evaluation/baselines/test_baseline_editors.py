@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pliant.consolidation.forward import trial
 from pliant.errors import EditError
 from pliant.evaluation.baselines import AlphaEdit, FineTune, Lora, Memit, RandomDirection, Rome, randomised
 from pliant.evaluation.baselines.prompts import case_rows
-from pliant.evaluation.baselines.states import applied
 from pliant.evaluation.baselines.training import answer_losses
 from pliant.models.edits import Delta, Edit
 
@@ -69,7 +69,7 @@ def test_the_answer_becomes_likelier_and_the_model_stays(
     assert hooks_of(model) == 0
     assert all(parameter.grad is None for parameter in model.parameters())
     assert loss(model, tokenizer, fact) == unedited
-    with applied(model, edit.deltas):
+    with trial(model, edit.deltas):
         assert loss(model, tokenizer, fact) < 0.5 * unedited
     assert edit.context == fact.context
     assert edit.details["cases"] == [fact.id]
@@ -85,7 +85,7 @@ def test_converted_models_are_edited_too(
     edit = editor_of(name, model)(model, tokenizer, fact)
     assert state_of(model) == before
     unedited = loss(model, tokenizer, fact)
-    with applied(model, edit.deltas):
+    with trial(model, edit.deltas):
         assert loss(model, tokenizer, fact) < 0.8 * unedited
 
 
@@ -130,7 +130,7 @@ def test_batches_make_every_answer_likelier(
     assert edit.details["cases"] == [fact.id for fact in facts]
     for fact in facts:
         unedited = loss(model, tokenizer, fact)
-        with applied(model, edit.deltas):
+        with trial(model, edit.deltas):
             assert loss(model, tokenizer, fact) < unedited
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pliant.consolidation.forward import trial
 from pliant.errors import EditError
 from pliant.evaluation.baselines import AlphaEdit, KeyMemory, Memit, Rome
 from pliant.evaluation.baselines.prompts import case_rows, encode, sampled_prefixes
-from pliant.evaluation.baselines.states import applied, layer_at, subject_states
+from pliant.evaluation.baselines.states import layer_at, subject_states
 from pliant.evaluation.baselines.training import answer_losses
 from pliant.evaluation.baselines.values import _Suffixes
 from pliant.evaluation.cases import EditCase
@@ -82,7 +83,7 @@ def test_alphaedit_remembers_and_forgets(
     first = editor(model, tokenizer, facts[0])
     earlier = memory.at(1)
     assert earlier is not None
-    with applied(model, first.deltas):
+    with trial(model, first.deltas):
         (with_memory,) = editor(model, tokenizer, facts[1]).deltas.values()
         (without,) = AlphaEdit(moments=moments, **options, **SHORT)(model, tokenizer, facts[1]).deltas.values()
     moved, moved_without = ((d.left @ (d.right.T @ earlier)).norm() for d in (with_memory, without))
