@@ -150,6 +150,49 @@ def make_converted(
     return make
 
 
+ROUTED_KINDS: dict[str, tuple[type, dict[str, Any]]] = {
+    "mod": (pliant.ModConfig, {}),
+    "mod gated": (pliant.ModConfig, {"gate_share": 1.0, "gate": "raw", "sampler": "predictor"}),
+    "mod attention": (pliant.ModConfig, {"granularity": "attention"}),
+    "mod mlp": (pliant.ModConfig, {"granularity": "mlp"}),
+    "dtf": (pliant.DtfConfig, {}),
+    "dtf gaussian": (pliant.DtfConfig, {"surprise": "gaussian", "criteria": "cu", "gate_share": 1.0}),
+    "dtf forecast": (pliant.DtfConfig, {"forecast": True, "criteria": "ce"}),
+    "stt": (pliant.SttConfig, {}),
+}
+"""Routed layers in their variants."""
+
+
+@pytest.fixture(params=ROUTED_KINDS)
+def routed_kind(request: pytest.FixtureRequest) -> str:
+    """Each routed architecture in turn, in its variants."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_routed(make_base: MakeBase, randomise: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    """A function that makes a tiny base of four layers and routes tokens through two, by random routers."""
+
+    def make(
+        kind: str,
+        base: str = "llama",
+        *,
+        capacity: float = 0.5,
+        overrides: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> PreTrainedModel:
+        config_class, own = ROUTED_KINDS[kind]
+        model = make_base(base, **{"num_hidden_layers": 4, **(overrides or {})})
+        config = config_class(capacity_gamma=capacity, **own)
+        pliant.convert(model, config, calibration=windows(), **options)
+        randomise(model)
+        if capacity < 1:
+            pliant.calibrate(model, calibration=windows())
+        return model.eval()
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def checkpoint_activations() -> Callable[..., None]:
     """A function that turns gradient checkpointing on, by the name it has in this version."""

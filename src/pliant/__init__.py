@@ -11,8 +11,8 @@ _IS_COMMAND = bool(sys.argv) and (
 )
 
 if TYPE_CHECKING or not _IS_COMMAND:
-    from pliant.architectures import ARCHITECTURES, NptConfig
-    from pliant.conversion import convert
+    from pliant.architectures import ARCHITECTURES, DtfConfig, ModConfig, NptConfig, SttConfig
+    from pliant.conversion import calibrate, convert
     from pliant.errors import PliantError
     from pliant.metrics import perplexity
     from pliant.models import load
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARCHITECTURES",
+    "DtfConfig",
+    "ModConfig",
     "NptConfig",
     "PliantError",
+    "SttConfig",
+    "calibrate",
     "consolidate",
     "convert",
     "edits",

@@ -51,7 +51,8 @@ def configure(tmp_path: Path, base: Path, texts: Path, calibration_text: Path) -
         **training: Any,
     ) -> RunConfig:
         chosen = {"preset": "keyed", "adapter_rank": 8, **(model or {})} if model_type == "npt" else dict(model or {})
-        if chosen.get("preset", "").startswith("keyed") and "checkpoint_path" not in chosen:
+        needs_text = chosen.get("preset", "").startswith("keyed") or model_type in ("mod", "dtf", "stt")
+        if needs_text and "checkpoint_path" not in chosen:
             chosen = {"calibration": str(calibration_text), "calibration_tokens": 8_192, **chosen}
         return RunConfig(
             model_type=model_type,

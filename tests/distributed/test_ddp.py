@@ -64,7 +64,9 @@ def test_two_processes_are_one_with_twice_the_batch(workplace: Workplace, pairs:
     result = alone(workplace, name, **CASES[name])
     first, second = pairs[f"{name}-2"]
     assert first["steps"] == second["steps"] == result.steps
-    assert_same_log(workplace.metrics(f"{name}-2"), workplace.metrics(f"{name}-1"))
+    # The gradient of a surprise is one of large changes of state, which round to another last digit.
+    relative = 3e-5 if name == "dtf" else 1e-5
+    assert_same_log(workplace.metrics(f"{name}-2"), workplace.metrics(f"{name}-1"), relative=relative)
     assert_close(workplace.parameters(f"{name}-2"), dict(result.model.named_parameters()))
     assert first["after"]["eval_perplexity"] == second["after"]["eval_perplexity"]
     assert first["logits"] == second["logits"]

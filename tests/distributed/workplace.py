@@ -43,6 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "lora": {"model": {"preset": "v1"}, "objective": "causal_lm", "trainable": "lora"},
     "teacher": {"trainable": "all", "worker": PIECE},
+    "mod": {"model_type": "mod", "objective": "causal_lm", "trainable": "all", "threshold_fraction": 0.4},
+    "dtf": {"model_type": "dtf", "objective": "causal_lm", "trainable": "all"},
+    "stt": {"model_type": "stt", "model": {"capacity_gamma": 0.75}},
     "bf16": {"mixed_precision": "bf16"},
     "bf16_all": {"objective": "causal_lm", "trainable": "all", "mixed_precision": "bf16", "max_steps": 3},
 }
@@ -71,15 +74,15 @@ class Workplace:
         **training: Any,
     ) -> dict[str, Any]:
         """A run of six steps, keyed and end to end unless it is said otherwise."""
-        is_closed = (model or {}).get("preset", "keyed").startswith("keyed") and model_type == "npt"
-        text = {"calibration": str(self.root / "calibration.txt"), "calibration_tokens": 8_192} if is_closed else {}
+        own = {"preset": "keyed", "adapter_rank": 8} if model_type == "npt" else {}
+        needs_text = (model or {}).get("preset", "keyed").startswith("keyed") and model_type != "dense"
+        text = {"calibration": str(self.root / "calibration.txt"), "calibration_tokens": 8_192} if needs_text else {}
         return {
             "name": name,
             "model_type": model_type,
             "model": {
                 "base_model_name": str(self.root / "base"),
-                "preset": "keyed",
-                "adapter_rank": 8,
+                **own,
                 **text,
                 **(model or {}),
             },

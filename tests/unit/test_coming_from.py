@@ -10,14 +10,48 @@ from typer.testing import CliRunner
 
 from pliant.architectures import NptConfig
 from pliant.cli import main
-from pliant.config.composition import compose
+from pliant.config import RunConfig
+from pliant.config.composition import compose, flatten, recipes
 from pliant.models import FAMILIES, PliantSpec
 from pliant.models.graft import with_spec
 from pliant.training import estimate, plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-NOT_YET = "not available yet"
+
+FIVE = '["wikitext","openwebtext","pile-subset","c4-subset","redpajama-subset"]'
+DYNAMIC = """
+model_type=dtf model.capacity_gamma=0.5
+model_type=mod model.capacity_gamma=0.5
+model_type=dtf
+model_type=dtf model.base_model_name="Qwen/Qwen2.5-0.5B" model.num_hidden_layers=6 model.hidden_size=512 \
+    model.intermediate_size=1536 model.num_attention_heads=8 model.capacity_gamma=0.5 data.dataset_name=wikitext \
+    training.num_epochs=10 training.batch_size=8 training.gradient_accumulation_steps=4 training.lr=1e-3 \
+    training.warmup_steps=1000
+model_type=dtf model.base_model_name="Qwen/Qwen2.5-0.5B" model.capacity_gamma=0.5 model.beta_ce_init=-0.3 \
+    model.beta_cu_init=-0.6 data.mixed=true data.dataset_names='["wikitext","openwebtext","pile-subset"]' \
+    data.dataset_weights='[0.2,0.5,0.3]' training.batch_size=4 training.gradient_accumulation_steps=8 \
+    training.lr=5e-4 training.warmup_steps=2000
+model_type=dtf model.base_model_name="Qwen/Qwen2.5-1.5B" model.capacity_gamma=0.5 training.batch_size=2 \
+    training.gradient_accumulation_steps=16 training.lr=2e-4
+model_type=dtf model.base_model_name="Qwen/Qwen2.5-3B" model.capacity_gamma=0.25 training.batch_size=1 \
+    training.gradient_accumulation_steps=32 training.lr=1e-4 training.use_flash_attention=true
+model_type=dtf model.base_model_name="Qwen/Qwen2.5-7B" model.capacity_gamma=0.125 training.batch_size=1 \
+    training.gradient_accumulation_steps=64 training.lr=5e-5 training.use_flash_attention=true \
+    training.gradient_checkpointing=true
+model_type=dtf data.dataset_name=wikitext data.mixed=false
+model_type=dtf data.mixed=true data.dataset_names='["wikitext","openwebtext"]' data.dataset_weights='[0.3,0.7]'
+model_type=dtf data.mixed=true data.dataset_names='FIVE' data.dataset_weights='[0.1,0.3,0.2,0.2,0.2]' \
+    data.max_length=2048
+model_type=dtf model.base_model_name="Qwen/Qwen2.5-0.5B" model.capacity_gamma=0.25 data.dataset_name=wikitext \
+    training.batch_size=1 training.gradient_accumulation_steps=16 training.gradient_checkpointing=true \
+    training.mixed_precision="fp16"
+model_type=dtf model.base_model_name="Qwen/Qwen2.5-1.5B" training.batch_size=16 \
+    training.gradient_accumulation_steps=1 training.use_flash_attention=true training.mixed_precision="bf16" \
+    training.compile_model=true
+"""
+"""The settings of every command of the Dynamic Transformer README, less the epochs of the streamed mixture."""
+ORIGINALS = DYNAMIC.replace("FIVE", FIVE).replace("\\\n", " ").strip().splitlines()
 
 
 def names(text: str) -> list[str]:
@@ -45,7 +79,7 @@ OTHERS = names("""
 r modulation_type consolidation_alpha consolidate_weights demonstrate_permanent_update convert_llama_to_npt_v2
 compute_equivalence_loss_v2 factual_recall reasoning creative NPComponent train_equivalence.py evaluate_model.py
 """)
-NOT_BUILT = names("model.capacity_gamma model.beta_ce_init model.beta_cu_init model.prior_loss_weight")
+ROUTED = names("model.capacity_gamma model.beta_ce_init model.beta_cu_init model.prior_loss_weight")
 
 
 def rows() -> list[tuple[str, str]]:
@@ -80,6 +114,23 @@ def training_arguments(command: str) -> list[str] | None:
     return None
 
 
+def composed(arguments: list[str]) -> RunConfig:
+    """The configuration of the arguments of ``pliant train``."""
+    if arguments[:1] == ["--config-name"]:
+        return compose(arguments[1], arguments[2:])
+    return compose("base", arguments)
+
+
+def resolved_words(arguments: list[str]) -> set[str]:
+    """The overrides among the arguments, and the model type that a recipe sets."""
+    words = set(arguments)
+    if arguments[:1] == ["--config-name"] and arguments[1] in recipes():
+        words.add(f"model_type={compose(arguments[1]).model_type}")
+    return words
+
+
+TRAINED = {"objective": "causal_lm", "trainable": "all"}
+"""What the Dynamic Transformer trains."""
 TRAINING = [arguments for command in commands() if (arguments := training_arguments(command)) is not None]
 SETTINGS = [
     pytest.param(cell[1:-1], id=name)
@@ -154,19 +205,38 @@ def test_everything_else_is_in_a_row(name):
     assert any(re.search(rf"(?<![\w-]){re.escape(name)}(?!\w)", first) for first, _ in ROWS)
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_what_is_not_built_is_said_to_be(name):
-    assert (f"`{name}`", NOT_YET) in ROWS
-
-
-def test_every_available_flag_is_tested():
+def test_every_flag_and_key_is_tested():
     tested = {param.id for param in SETTINGS}
-    available = {name for name in (*FLAGS, *KEYS) if (f"`{name}`", NOT_YET) not in ROWS}
-    assert {f"`{name}`" for name in available} <= tested
+    assert {f"`{name}`" for name in (*FLAGS, *KEYS)} <= tested
 
 
-@pytest.mark.parametrize("value", ["dtf", "mod"])
-def test_routed_depth_is_refused_as_not_available(value):
+@pytest.mark.parametrize("name", ROUTED)
+def test_keys_of_routed_depth_arrive(name):
+    (setting,) = (cell[1:-1] for first, cell in ROWS if first == f"`{name}`")
+    chosen = dict(word.split("=") for word in setting.split())
+    resolved = flatten(compose("base", setting.split()))
+    assert resolved["model_type"] == chosen["model_type"] == "dtf"
+    assert resolved[name] == float(chosen[name])
+
+
+@pytest.mark.parametrize("original", ORIGINALS)
+def test_every_command_of_the_dynamic_transformer_has_one_with_its_settings(original):
+    wanted = set(shlex.split(original))
+    found = [arguments for arguments in TRAINING if wanted <= resolved_words(arguments)]
+    assert found
+    resolved = [flatten(composed(arguments)) for arguments in found]
+    assert any(all(each[f"training.{k}"] == v for k, v in TRAINED.items()) for each in resolved)
+
+
+@pytest.mark.parametrize("value", ["dtf", "sdt", "mod", "stt"])
+def test_routed_depth_can_be_planned(elsewhere, value):
     result = CliRunner().invoke(main, ["train", f"model_type={value}", "--dry-run"])
-    assert result.exit_code == 1
-    assert NOT_YET in result.stderr
+    assert result.exit_code == 0, result.stderr
+    assert "capacity 0.5" in result.stdout
+
+
+def test_flash_attention_goes_with_packed_rows_where_tokens_are_routed():
+    with_it = [arguments for arguments in TRAINING if "training.use_flash_attention=true" in arguments]
+    routed = [composed(arguments) for arguments in with_it if composed(arguments).is_routed]
+    assert len(routed) >= 3
+    assert all(config.data.packing for config in routed)

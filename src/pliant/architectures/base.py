@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
@@ -32,6 +32,15 @@ def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, module in model.named_modules():
         if isinstance(module, AddedModule):
             yield from module.named_parameters(prefix=prefix, recurse=False)
+
+
+def added_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and value of every buffer of ``model`` that conversion added and a checkpoint holds."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, AddedModule):
+            for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
+                if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    yield name, buffer
 
 
 @runtime_checkable
@@ -83,17 +92,28 @@ class Write:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingReport:
+    """Which tokens entered a routed layer, what they scored, and by what their increment was multiplied."""
+
+    scores: Float[Tensor, "batch seq"]
+    runs: Bool[Tensor, "batch seq"]
+    gate: Float[Tensor, "batch seq"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """What one dynamic layer did to each token in one forward pass.
 
-    ``norm`` is ``‖ΔW_t‖_F`` over all matrices that the layer rewrites; ``regulariser`` is the configured
-    penalty, summed over features, one value a token (the caller takes the mean over the tokens it counts).
-    ``writes`` maps a projection's name to its :class:`Write` and is kept only on request.
+    ``norm`` is ``‖ΔW_t‖_F`` over all matrices that the layer rewrites, of a routed layer ‖what the token's state
+    moved by‖; ``regulariser`` is the configured penalty, summed over features, one value a token (the caller takes the
+    mean over the tokens it counts). ``writes`` maps a projection's name to its :class:`Write` and is kept only on
+    request; ``routing`` is there where tokens are routed.
     """
 
     norm: Float[Tensor, "batch seq"]
     regulariser: Float[Tensor, "batch seq"]
     writes: Mapping[str, Write] | None = None
+    routing: RoutingReport | None = None
 
 
 def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:

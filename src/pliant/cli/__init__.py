@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pliant.cli.calibrate import calibrate
 from pliant.cli.chat import chat
 from pliant.cli.console import CommandGroup
 from pliant.cli.consolidate import consolidate
@@ -15,6 +16,7 @@ from pliant.cli.evaluate import evaluate
 from pliant.cli.generate import generate
 from pliant.cli.info import info
 from pliant.cli.inject import inject
+from pliant.cli.routes import routes
 from pliant.cli.training import train
 
 main = typer.Typer(
@@ -58,7 +60,7 @@ def _options(
     """
 
 
-for _verb in (demo, convert, info, generate, chat, consolidate, inject, evaluate):
+for _verb in (demo, convert, info, generate, chat, routes, calibrate, consolidate, inject, evaluate):
     main.command()(_verb)
 main.command(context_settings={"ignore_unknown_options": True})(train)  # Hydra's overrides, and flags that it explains
 main.add_typer(edits, name="edits")

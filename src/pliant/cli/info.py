@@ -1,6 +1,7 @@
 """``pliant info``: what a model is, and what converting it would add, without its weights."""
 
 import json
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from pliant.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from pliant.architectures import NptConfig
+    from pliant.architectures.base import LayerConfig
     from pliant.conversion.summary import Summary
 
 
@@ -46,7 +47,8 @@ def info(
 
     Needs a configuration only, never weights: the shapes llama-3.2-1b, llama-3.1-8b, qwen2.5-0.5b,
     -1.5b, -3b and -7b are shipped. Leaves nothing behind. Without form options it lists every
-    preset; of a converted model it shows the layers that it has.
+    preset; of a converted model it shows the layers that it has, and if these are routed the share
+    of the tokens that enters each, and from which score on.
 
     \b
     pliant info llama-3.1-8b
@@ -60,10 +62,14 @@ def info(
     from pliant.conversion.summary import summarise
 
     summaries = {name: summarise(config, chosen, context=context) for name, chosen in wanted.items()}
+    routing = _routing(model, config)
     if as_json:
-        typer.echo(json.dumps(_as_json(model, summaries), indent=2))
-    else:
-        _show(model, summaries)
+        told = {**_as_json(model, summaries), **({"routing": routing} if routing else {})}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    _show(model, summaries)
+    if routing:
+        _show_routing(routing)
 
 
 def _config(name: str) -> "PreTrainedConfig":
@@ -83,7 +89,7 @@ def _config(name: str) -> "PreTrainedConfig":
         ) from error
 
 
-def _wanted(name: str, config: "PreTrainedConfig", forms: o.Forms | None) -> dict[str, dict[int, "NptConfig"]]:
+def _wanted(name: str, config: "PreTrainedConfig", forms: o.Forms | None) -> dict[str, dict[int, "LayerConfig"]]:
     """Returns what to count: label → the form of each layer."""
     from pliant.architectures import NptConfig
     from pliant.architectures.npt.config import FORMS
@@ -97,13 +103,41 @@ def _wanted(name: str, config: "PreTrainedConfig", forms: o.Forms | None) -> dic
     if own:
         return {"as saved": dict(own)}
     if forms is not None:
-        return {"as asked": forms.resolve(config.num_hidden_layers)}
+        return {"as asked": dict(forms.resolve(config.num_hidden_layers))}
     # In a shape that is narrower than a preset's usual rank, the preset is shown at full rank.
     presets = {form: NptConfig.preset(form) for form in FORMS}
     for form, chosen in presets.items():
         if chosen.rank != "auto" and chosen.rank > config.hidden_size:
             presets[form] = chosen.with_rank(config.hidden_size)
     return {form: dict.fromkeys(range(config.num_hidden_layers), chosen) for form, chosen in presets.items()}
+
+
+def _routing(name: str, config: "PreTrainedConfig") -> dict[str, Any] | None:
+    """Returns architecture, capacity and threshold of the routed layers; the latter where weights are at hand."""
+    from pliant.architectures import RoutedConfig
+    from pliant.models import PliantSpec, resolve_base
+    from pliant.models.checkpoint import saved_thresholds
+
+    spec = PliantSpec.of(config)
+    layers: dict[int, Any] = {i: c for i, c in sorted(spec.layers.items()) if isinstance(c, RoutedConfig)}
+    if not layers:
+        return None
+    thresholds = saved_thresholds(resolve_base(name))
+    return {
+        "architecture": spec.architecture,
+        "layers": {
+            str(index): {
+                **layer.to_dict(),
+                **({"threshold": _finite(thresholds[index])} if index in thresholds else {}),
+            }
+            for index, layer in layers.items()
+        },
+    }
+
+
+def _finite(threshold: float) -> float | None:
+    """JSON has no −∞; ``None`` lets every token run."""
+    return threshold if math.isfinite(threshold) else None
 
 
 def _as_json(name: str, summaries: dict[str, "Summary"]) -> dict[str, Any]:
@@ -151,12 +185,36 @@ def _show(name: str, summaries: dict[str, "Summary"]) -> None:
         results.print("rank auto: known after calibration; ≤ is the count at full rank.")
 
 
+def _show_routing(routing: dict[str, Any]) -> None:
+    table = Table(title=f"routed layers, {routing['architecture']}")
+    for column in ("layer", "capacity", "threshold"):
+        table.add_column(column, justify="right")
+    table.add_column("options")
+    for index, layer in routing["layers"].items():
+        options = {name: value for name, value in layer.items() if name not in ("capacity_gamma", "threshold")}
+        table.add_row(
+            index,
+            f"{layer['capacity_gamma']:g}" if "capacity_gamma" in layer else "",
+            threshold_text(layer["threshold"]) if "threshold" in layer else "",
+            ", ".join(f"{name} {value}" for name, value in options.items()),
+        )
+    results.print(table)
+
+
+def threshold_text(threshold: float | None) -> str:
+    """A score in four digits; −∞ for ``None``."""
+    return "−∞" if threshold is None or math.isinf(threshold) else f"{threshold:.4g}"
+
+
 def _added(label: str, summary: "Summary") -> list[str]:
     """Returns the cells of one row."""
     most = "≤ " if summary.is_upper_bound else ""
+    from pliant.conversion.summary import LayerSummary
+
     layers = list(summary.layers.values())
     forms = sorted({layer.form for layer in layers})
-    numbers = sorted({layer.rank for layer in layers if layer.rank != "auto"})
+    told = [layer.rank for layer in layers if isinstance(layer, LayerSummary)]
+    numbers = sorted({rank for rank in told if rank != "auto"})
     ranks = ["auto"] if summary.is_upper_bound else []
     if numbers:
         ranks.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}..{numbers[-1]}")
@@ -170,5 +228,5 @@ def _added(label: str, summary: "Summary") -> list[str]:
         f"{most}{span}",
         f"{most}{summary.added_parameters / summary.base_parameters:.2%}",
         f"{most}{bytes_text(summary.added_bytes)}",
-        f"{most}+{summary.added_flops / summary.base_flops:.2%}",
+        f"{most}{summary.added_flops / summary.base_flops:+.2%}",
     ]

@@ -49,8 +49,9 @@ def train(
         typer.Option(
             "--config-name",
             help="A recipe (readme, guide, plan, npt_equivalence, npt_finetune, lora_baseline, from_scratch_50m, "
-            "from_scratch_0_5b, debug_equivalence, debug_sft, debug_scratch), or a YAML file of yours: it needs "
-            "only the keys that differ.",
+            "from_scratch_0_5b, mod_attention, mod_scratch, dtf_transfer, dtf_scratch, stt_transfer, "
+            "debug_equivalence, debug_sft, debug_scratch), or a YAML file of yours: it needs only the keys that "
+            "differ.",
             rich_help_panel=SETTINGS,
         ),
     ] = "base",
@@ -89,6 +90,7 @@ def train(
     pliant train --config-name debug_equivalence
     pliant train --config-name readme training.lr=5e-5 training.max_steps=200 --dry-run
     pliant train model_type=npt model.preset=keyed model.adapter_rank=128 model.layers=8-15
+    pliant train model_type=dtf model.capacity_gamma=0.5 training.objective=causal_lm training.trainable=all
     pliant train --config-name my_training --config-dir config
     pliant train -m training.lr=1e-3,1e-4 model.adapter_rank=64,128
     accelerate launch -m pliant.cli.train --config-name npt_finetune

@@ -54,8 +54,8 @@ def _converted(plan: "Plan") -> str:
         return UNKNOWN
     if not model.layers:
         return "none"
-    if any(form.rank == "auto" for form in model.layers.values()):
-        forms = "+".join(sorted({form.form for form in model.layers.values()}))
+    if model.is_upper_bound:
+        forms = "+".join(sorted({form.to_dict()["form"] for form in model.layers.values()}))
         return f"{len(model.layers)} of {model.num_layers} layers {forms}, rank auto: settled on calibration text"
     return f"{len(model.layers)} of {model.num_layers} layers: {describe_layers(model.layers)}"
 

@@ -45,14 +45,6 @@ RENAMED = {
 }
 """What the original commands call a setting, where the last part of our key is another word."""
 
-NOT_YET = {
-    "capacity_gamma": "routed depth (model_type dtf and mod)",
-    "beta_ce_init": "routed depth (model_type dtf)",
-    "beta_cu_init": "routed depth (model_type dtf)",
-    "prior_loss_weight": "routed depth (model_type dtf)",
-}
-"""Settings of the original commands that belong to what is not built yet."""
-
 ELSEWHERE = {"consolidation_alpha": "pliant consolidate --alpha"}
 """Settings of the original commands that training does not have, and what takes them."""
 
@@ -206,8 +198,6 @@ def check_key(key: str) -> None:
     last = key.rpartition(".")[2]
     if last in ELSEWHERE:
         raise ConfigError(f"{key} must be left out of training; {ELSEWHERE[last]} takes it. Give it there.")
-    if last in NOT_YET:
-        raise ConfigError(f"{key} belongs to {NOT_YET[last]}, which is not available yet. Leave it out.")
     close = nearest_key(key)
     hint = f" Did you mean {close}?" if close else " `pliant train --cfg job` prints them all."
     raise ConfigError(f"{key} must be a setting of pliant; there is none of that name.{hint}")

@@ -1,22 +1,16 @@
 """What a run is made of, as Hydra takes it: the sections, and the rules that concern several of them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
-from pliant.architectures import ARCHITECTURES
+from pliant.architectures import ARCHITECTURES, RoutedConfig
 from pliant.architectures.base import nearest
-from pliant.config.sections import (
-    FORM_OPTIONS,
-    HALF,
-    STAGES,
-    DataConfig,
-    ModelConfig,
-    TrainingConfig,
-)
+from pliant.config.model import FORM_OPTIONS, ROUTED_OPTIONS, ModelConfig
+from pliant.config.sections import HALF, ROUTING_SCHEDULES, STAGES, DataConfig, TrainingConfig
 from pliant.errors import ConfigError
 
-ROUTED = ("dtf", "sdt", "stt", "mod")
-"""Architectures of the original commands that are not built yet."""
+ALIASES = {"sdt": "dtf"}
+"""Other names of architectures."""
 
 
 @dataclass(kw_only=True)
@@ -34,16 +28,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         known = tuple(ARCHITECTURES)
+        self.model_type = ALIASES.get(self.model_type, self.model_type)
         if self.model_type not in known:
             hint = nearest(self.model_type, known)
-            if self.model_type in ROUTED:
-                hint = " Routed depth (dtf, mod, stt) is not available yet."
             raise ConfigError(f"model_type must be one of {', '.join(known)}; got {self.model_type!r}.{hint}")
         self._check_form_options()
         if self.model_type == "npt":
             self._check_layers()
+        elif self.is_routed:
+            self._check_routed()
         else:
             self._check_dense()
+        self._check_schedules()
         self._check_scratch()
         self._check_trainable()
         self._check_precision()
@@ -55,6 +51,12 @@ class RunConfig:
             )
 
     @property
+    def is_routed(self) -> bool:
+        """Whether tokens are routed through the depth of the model."""
+        config_class = ARCHITECTURES[self.model_type].config
+        return config_class is not None and issubclass(config_class, RoutedConfig)
+
+    @property
     def held_dtype(self) -> str:
         """What the weights are held in: fp32 where the base is trained, else what mixed precision asks for."""
         if self.model.dtype != "auto":
@@ -62,27 +64,32 @@ class RunConfig:
         return "float32" if self.training.trainable == "all" else HALF.get(self.training.mixed_precision, "float32")
 
     def _check_form_options(self) -> None:
-        """Refuses options of a form where no form is chosen by them."""
-        model = self.model
+        """Refuses options of a conversion where another one, or none, is chosen."""
+        model, converted = self.model, self.model.checkpoint_path
+        rules: list[tuple[Sequence[str], str]] = []
         if self.model_type == "dense":
-            names, rule = (
-                (*FORM_OPTIONS, "calibration"),
-                "belongs to a conversion, and model_type=dense converts nothing",
-            )
-        elif model.checkpoint_path is not None:
-            # model.preset and model.adapter_rank are set by recipes that go on from a checkpoint
-            names = (*FORM_OPTIONS[1:], "calibration")
-            rule = f"belongs to a conversion, and model.checkpoint_path={model.checkpoint_path!r} is converted already"
-        elif isinstance(model.layers, Mapping):
-            names, rule = FORM_OPTIONS, "does not reach into model.layers: the map names each layer's form (form:rank)"
+            everything = (*FORM_OPTIONS, *ROUTED_OPTIONS, "calibration")
+            rules += [(everything, "belongs to a conversion, and model_type=dense converts nothing")]
+        elif self.is_routed:
+            rules += [(("preset", *FORM_OPTIONS), f"belongs to model_type=npt, not to model_type={self.model_type}")]
         else:
-            return
+            rules += [(ROUTED_OPTIONS, "belongs to model_type mod, dtf or stt, not to model_type=npt")]
+        if converted is not None:
+            # model.preset and model.adapter_rank are set by recipes that go on from a checkpoint
+            scheduled = ("capacity_gamma", "gate_share")
+            names = (*(n for n in ROUTED_OPTIONS if n not in scheduled), *FORM_OPTIONS[1:], "calibration")
+            rules += [(names, f"belongs to a conversion, and model.checkpoint_path={converted!r} is converted already")]
+        elif isinstance(model.layers, Mapping):
+            rules += [
+                (FORM_OPTIONS, "does not reach into model.layers: the map names each layer's form (form:rank)"),
+            ]
         defaults = {f.name: f.default for f in fields(model)}
-        for name in names:
-            value, default = getattr(model, name), defaults[name]
-            if value != default:
-                unset = "null" if default is None else "false"
-                raise ConfigError(f"model.{name} {rule}; got model.{name}={value}. Set model.{name}={unset}.")
+        for names, rule in rules:
+            for name in names:
+                value, default = getattr(model, name), defaults[name]
+                if value != default:
+                    unset = {None: "null", False: "false"}.get(default, default)
+                    raise ConfigError(f"model.{name} {rule}; got model.{name}={value}. Set model.{name}={unset}.")
 
     def _check_layers(self) -> None:
         try:
@@ -96,6 +103,31 @@ class RunConfig:
                 "training.objective=equivalence has nothing to teach model.preset=v1, which equals its base at the "
                 "start: loss and gradient are 0. Set training.objective to sft or causal_lm, or choose another preset."
             )
+
+    def _check_routed(self) -> None:
+        if isinstance(self.model.layers, Mapping):
+            raise ConfigError(
+                f"model.layers must not be a map with model_type={self.model_type}, whose layers are all alike; got "
+                f"{dict(self.model.layers)}. Name the layers alone."
+            )
+        if self.training.use_regularization:
+            raise ConfigError(
+                "training.use_regularization=true adds the penalty of plastic layers; the losses of a router are "
+                f"always part of the objective; got model_type={self.model_type}. Set "
+                "training.use_regularization=false."
+            )
+        if self.training.use_flash_attention and not self.data.packing:
+            raise ConfigError(
+                f"training.use_flash_attention=true with model_type={self.model_type} needs data.packing=true, as "
+                "flash attention takes no mask for padding among the tokens that run; got data.packing=false. Set "
+                "it, or leave flash attention out."
+            )
+        try:
+            settled = self.model.routed(self.model_type)
+            if self.training.gate_anneal_fraction:
+                replace(settled, gate_share=1.0)
+        except ConfigError as error:
+            raise ConfigError(f"model: {error}") from error
 
     def _check_dense(self) -> None:
         training = self.training
@@ -114,6 +146,24 @@ class RunConfig:
                 "training.use_regularization=true needs dynamic layers, whose penalty it adds; got model_type=dense, "
                 "which has none. Set training.use_regularization=false, or model_type=npt."
             )
+
+    def _check_schedules(self) -> None:
+        model, training = self.model, self.training
+        if self.is_routed:
+            ends = {"capacity_anneal_fraction": "capacity_gamma", "gate_anneal_fraction": "gate_share"}
+            for name, end in ends.items():
+                if getattr(training, name) and model.checkpoint_path is not None and getattr(model, end) is None:
+                    raise ConfigError(
+                        f"training.{name} needs model.{end} where model.checkpoint_path={model.checkpoint_path!r} is "
+                        f"gone on from; got null. Set it."
+                    )
+            return
+        for name in ROUTING_SCHEDULES:
+            if value := getattr(self.training, name):
+                raise ConfigError(
+                    f"training.{name} belongs to routed layers; got training.{name}={value} with model_type="
+                    f"{self.model_type}. Set training.{name}=0."
+                )
 
     def _check_scratch(self) -> None:
         training = self.training

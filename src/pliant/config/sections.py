@@ -1,19 +1,16 @@
-"""The sections of a run's configuration: the model, the data and the training, each checking its own values.
+"""The data and the training section of a run's configuration, each checking its own values.
 
 OmegaConf knows neither ``Literal`` nor unions of containers: choices are strings, free-form values ``Any``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pliant.architectures import NptConfig
 from pliant.architectures.base import nearest
+from pliant.config.rules import at_least, one_of
 from pliant.errors import ConfigError
 
-INITS = ("pretrained", "scratch")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "nf4", "int8")
 OBJECTIVES = ("equivalence", "causal_lm", "sft")
 STAGES = ("layerwise", "end_to_end")
 TRAINABLE = ("modulation", "lora", "all")
@@ -21,139 +18,9 @@ HIDDEN_LOSSES = ("normalised", "mse")
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULERS = ("cosine", "linear", "constant")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-FORM_OPTIONS = (
-    "adapter_rank",
-    "energy",
-    "allocation",
-    "tied",
-    "modulation_type",
-    "targets",
-    "num_updates",
-    "regulariser",
-)
-"""Options of the one form that ``model.preset`` names."""
+ROUTING_SCHEDULES = ("capacity_anneal_fraction", "gate_anneal_fraction", "threshold_fraction")
 HALF = {"bf16": "bfloat16", "fp16": "float16"}
 """What mixed precision computes in."""
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """Which model is trained, and what it is converted to.
-
-    Attributes:
-        base_model_name: Directory, hub id or ``smollm2-135m``.
-        checkpoint_path: A pliant checkpoint to go on from, in place of converting the base anew.
-        init: ``pretrained`` weights, or ``scratch``: the base's shape and tokenizer, fresh weights.
-        dtype: What the weights are held in; ``auto`` follows ``training.mixed_precision`` where the base is
-            frozen, and is fp32 where it is trained. Another one goes with ``training.mixed_precision=no``.
-        quantization: ``none``, ``nf4`` or ``int8``, by bitsandbytes.
-        device_map: As in ``from_pretrained``; ``auto`` offloads what does not fit.
-        preset: NPT form, one of ``v1 v1_single v2 outer keyed keyed_pre``.
-        adapter_rank: Its rank, an integer or ``auto``; ``null`` is the preset's usual one.
-        layers: ``all``, ``upper_half``, ``lower_half``, ``"8-15"``, a list of indices, or a map of such selections to
-            presets: ``{0-9: v1, 10-29: "keyed:192"}``. The options of ``preset`` do not reach into a map.
-        calibration: A UTF-8 text file for the closed form of keyed presets; ``null`` takes the embedded texts.
-        calibration_tokens: Tokens of it to read, in windows of 512.
-        num_hidden_layers: This and the six after it change the shape; only with ``init=scratch``.
-    """
-
-    base_model_name: str = "smollm2-135m"
-    checkpoint_path: str | None = None
-    init: str = "pretrained"
-    dtype: str = "auto"
-    quantization: str = "none"
-    device_map: str | None = None
-
-    preset: str = "keyed"
-    adapter_rank: Any = None
-    layers: Any = "all"
-    energy: float | None = None
-    allocation: str | None = None
-    tied: bool = False
-    modulation_type: str | None = None
-    targets: str | None = None
-    num_updates: int | None = None
-    regulariser: str | None = None
-    calibration: str | None = None
-    calibration_tokens: int = 32_768
-
-    num_hidden_layers: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    vocab_size: int | None = None
-    tie_word_embeddings: bool | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("model", self, init=INITS, dtype=DTYPES, quantization=QUANTIZATIONS)
-        _at_least("model", self, 1, "calibration_tokens", *(name for name in SIZES if name != "tie_word_embeddings"))
-        if self.init == "pretrained" and self.sizes:
-            name, value = next(iter(self.sizes.items()))
-            raise ConfigError(
-                f"model.{name} changes the shape, so it needs fresh weights: model.init=scratch; got "
-                f"model.{name}={value} with model.init=pretrained. Set model.init=scratch, or leave the size out."
-            )
-        if self.init == "scratch" and self.checkpoint_path is not None:
-            raise ConfigError(
-                "model.checkpoint_path goes on from trained weights, model.init=scratch drops them; got both. Drop one."
-            )
-        if self.init == "scratch" and self.quantization != "none":
-            raise ConfigError(
-                f"model.quantization={self.quantization} freezes the base, model.init=scratch trains it; got both. "
-                "Set model.quantization=none."
-            )
-        if self.init == "scratch" and self.dtype not in ("auto", "float32"):
-            raise ConfigError(
-                f"model.init=scratch trains fresh weights in fp32; got model.dtype={self.dtype}. Set model.dtype=auto; "
-                f"training.mixed_precision={'fp16' if self.dtype == 'float16' else 'bf16'} computes in 16 bit."
-            )
-        if self.init == "scratch" and self.device_map is not None:
-            raise ConfigError(
-                "model.device_map places weights as they are loaded, model.init=scratch makes fresh ones; got "
-                f"model.device_map={self.device_map} with model.init=scratch. Set model.device_map=null."
-            )
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """The size overrides that are set."""
-        return {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
-
-    @property
-    def layer_selection(self) -> Any:
-        """``layers`` as ``pliant.convert`` takes it; a map's ``"keyed:192"`` becomes a configuration of rank 192."""
-        if not isinstance(self.layers, Mapping):
-            return self.layers
-        selection = {}
-        for layers, form in self.layers.items():
-            name, _, rank = str(form).partition(":")
-            options = {"rank": int(rank) if rank.isdecimal() else rank} if rank else {}
-            selection[str(layers)] = NptConfig.preset(name, **options)
-        return selection
-
-    @property
-    def npt(self) -> NptConfig:
-        """The NPT options as one layer configuration."""
-        options = {
-            "rank": self.adapter_rank,
-            "energy": self.energy,
-            "allocation": self.allocation,
-            "tied": self.tied or None,
-            "modulation": self.modulation_type,
-            "targets": self.targets,
-            "num_updates": self.num_updates,
-            "regulariser": self.regulariser,
-        }
-        return NptConfig.preset(self.preset, **{name: value for name, value in options.items() if value is not None})
 
 
 @dataclass(kw_only=True)
@@ -201,9 +68,9 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("data", self, 2, "max_length")
-        _at_least("data", self, 1, "max_documents", "shuffle_buffer", "max_validation_windows")
-        _at_least("data", self, 0, "num_workers")
+        at_least("data", self, 2, "max_length")
+        at_least("data", self, 1, "max_documents", "shuffle_buffer", "max_validation_windows")
+        at_least("data", self, 0, "num_workers")
         if not 0.0 < self.validation_fraction < 1.0:
             raise ConfigError(
                 f"data.validation_fraction must be in (0, 1); got {self.validation_fraction}. The default is 0.05."
@@ -244,7 +111,7 @@ class LrMultipliers:
     modulation: float = 1.0
 
     def __post_init__(self) -> None:
-        _at_least("training.lr_multipliers", self, 0, *(f.name for f in fields(self)))
+        at_least("training.lr_multipliers", self, 0, *(f.name for f in fields(self)))
 
 
 @dataclass(kw_only=True)
@@ -260,6 +127,12 @@ class TrainingConfig:
         hidden_weight: Of the error of the last hidden state.
         hidden_loss: ``normalised``: squared error over the squared norm, token by token; ``mse``: plain.
         use_regularization: Add ``regularization_lambda`` × the mean penalty of the dynamic layers; not with ``dense``.
+        capacity_anneal_fraction: Of routed layers: share of the steps in which their capacity falls from 1 to
+            ``model.capacity_gamma``, in sixteenths of the way.
+        gate_anneal_fraction: Of routed layers: share of the steps in which ``model.gate_share`` rises to 1, in
+            sixteenths of the way; 0 leaves it as it is.
+        threshold_fraction: Share of the steps, the last ones, in which tokens are chosen by the threshold, as ever
+            after, and not as the highest of their row.
         trainable: ``modulation`` (the base stays bit for bit), ``lora`` (adapters by peft beside it), or ``all``.
         max_steps: Optimizer steps; ``null`` runs ``num_epochs``.
         mixed_precision: ``no``, ``bf16`` or ``fp16``. A frozen base is held in that type; a trained one stays fp32
@@ -285,6 +158,10 @@ class TrainingConfig:
     hidden_loss: str = "normalised"
     use_regularization: bool = False
     regularization_lambda: float = 0.01
+
+    capacity_anneal_fraction: float = 0.0
+    gate_anneal_fraction: float = 0.0
+    threshold_fraction: float = 0.0
 
     trainable: str = "modulation"
     lora_rank: int = 16
@@ -321,7 +198,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         section = "training"
-        _one_of(
+        one_of(
             section,
             self,
             objective=OBJECTIVES,
@@ -330,15 +207,15 @@ class TrainingConfig:
             lr_scheduler=SCHEDULERS,
             mixed_precision=PRECISIONS,
         )
-        _at_least(
+        at_least(
             section,
             self,
             1,
             *("max_steps", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "log_steps", "eval_steps"),
             *("save_steps", "save_total_limit", "early_stopping_patience", "lora_rank", "lora_alpha"),
         )
-        _at_least(section, self, 0, "seed", "warmup_steps", "weight_decay", "kl_weight", "hidden_weight")
-        _at_least(section, self, 0, "regularization_lambda")
+        at_least(section, self, 0, "seed", "warmup_steps", "weight_decay", "kl_weight", "hidden_weight")
+        at_least(section, self, 0, "regularization_lambda")
         for name in ("lr", "num_epochs", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"training.{name} must be above 0; got {getattr(self, name)}.")
@@ -347,6 +224,12 @@ class TrainingConfig:
                 f"training.layerwise_fraction must be in (0, 1); got {self.layerwise_fraction}. To run one stage only, "
                 "name it in training.stages."
             )
+        for name in ROUTING_SCHEDULES:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(
+                    f"training.{name} must be in [0, 1], a share of the steps; got {getattr(self, name)}. 0 leaves it "
+                    "out."
+                )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(
                 f"training.lora_dropout must be in [0, 1); got {self.lora_dropout}. 0.05 is usual, 0 the default."
@@ -387,19 +270,3 @@ class TrainingConfig:
 
 
 STAGE_LISTS = ([STAGES[0]], [STAGES[1]], list(STAGES))
-
-
-def _one_of(section: str, config: Any, **choices: tuple[str, ...]) -> None:
-    for name, known in choices.items():
-        value = getattr(config, name)
-        if value not in known:
-            raise ConfigError(
-                f"{section}.{name} must be one of {', '.join(known)}; got {value!r}.{nearest(str(value), known)}"
-            )
-
-
-def _at_least(section: str, config: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ConfigError(f"{section}.{name} must be at least {least}; got {value}.")

@@ -40,6 +40,22 @@ class NeutralText:
         return torch.nn.functional.kl_div(now, self.before, log_target=True, reduction="batchmean").item()
 
 
+def divergence(model: PreTrainedModel, deltas: Mapping[str, Delta], neutral: NeutralText) -> float:
+    """Returns the KL divergence that ``deltas`` would cause on neutral text, in nats a token.
+
+    Raises:
+        EditError: It is not finite.
+    """
+    with trial(model, deltas):
+        kl = neutral.kl(model)
+    if not math.isfinite(kl):
+        raise EditError(
+            f"the edit must leave the model finite on neutral text; its KL divergence is {kl}. Lower alpha, or "
+            "load the model in bfloat16 or float32."
+        )
+    return kl
+
+
 def shrunk(
     model: PreTrainedModel, deltas: Mapping[str, Delta], neutral: NeutralText, budget: float | None
 ) -> tuple[dict[str, Delta], float, float]:
@@ -51,13 +67,7 @@ def shrunk(
     share = 1.0
     for attempt in range(TRIALS):
         some = {name: Delta(left=share * delta.left, right=delta.right) for name, delta in deltas.items()}
-        with trial(model, some):
-            kl = neutral.kl(model)
-        if not math.isfinite(kl):
-            raise EditError(
-                f"the edit must leave the model finite on neutral text; its KL divergence is {kl}. Lower alpha, or "
-                "load the model in bfloat16 or float32."
-            )
+        kl = divergence(model, some, neutral)
         if budget is None or kl <= budget:
             return some, kl, share
         smaller = share * CLOSER ** (2**attempt) * math.sqrt(budget / kl)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pliant.consolidation.budget import NeutralText, shrunk
 from pliant.consolidation.facts import facts_of
 from pliant.consolidation.resources import resources_of
 from pliant.consolidation.settings import Consolidation
@@ -85,19 +84,19 @@ def consolidate(
             settings,
             moments=resources.moments(model, [*subject_layers, *answer_layers], progress),
             prefixes=resources.prefixes(model, settings.num_prefixes, settings.seed),
-            neutral=NeutralText(model, resources.neutral),
+            neutral=resources.neutral_text(model),
         )
-        deltas, details = solver.solve(subject_layers, answer_layers)
-        deltas, kl, share = shrunk(model, deltas, solver.neutral, settings.kl_budget)
-    details |= {
+        solution = solver.solve(subject_layers, answer_layers)
+    details = {
+        **solution.details,
         "target": settings.target,
         "writer": settings.write.writer,
         "alpha": settings.alpha,
-        "share": share * details.get("subject_share", 1.0),
         "facts": len(facts),
         "queries": [list(fact.prompts) for fact in facts[:SHOWN]],
         "answers": [fact.answers[0] for fact in facts[:SHOWN]],
         "subjects": [fact.subject for fact in facts[:SHOWN]],
     }
-    edit = Edit(context="\n".join(fact.context for fact in facts), deltas=deltas, kl=kl, details=details)
+    context = "\n".join(fact.context for fact in facts)
+    edit = Edit(context=context, deltas=dict(solution.deltas), kl=solution.kl, details=details)
     return model.edits.add(edit)

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pliant.consolidation.budget import NeutralText
 from pliant.consolidation.queries import sampled_prefixes
 from pliant.data import calibration_tokens, read_text, token_windows
 from pliant.key_moments import KeyMoments, cached_key_moments
@@ -36,6 +37,7 @@ class Resources:
         self.tokenizer, self.text, self.num_tokens = tokenizer, text, num_tokens
         self._moments: dict[int, KeyMoments] = {}
         self._prefixes: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._neutral: tuple[object, NeutralText] | None = None
         size, window = NEUTRAL_WINDOW * NEUTRAL_WINDOWS, min(NEUTRAL_WINDOW, model.config.max_position_embeddings)
         self.neutral: Int[Tensor, "windows window"]
         if text is None:
@@ -53,6 +55,15 @@ class Resources:
                 model, self.tokenizer, missing, num_tokens=self.num_tokens, text=self.text, progress=progress
             )
         return {layer: self._moments[layer] for layer in layers}
+
+    def neutral_text(self, model: DynamicCausalLM) -> NeutralText:
+        """Returns the neutral text with what the model says there now; read again once the model is another one."""
+        switches = [(getattr(module, "active", None), module.training) for module in model.modules()]
+        versions = [(id(parameter), parameter._version) for parameter in model.parameters()]
+        state = ([edit.id for edit in model.edits], switches, versions)
+        if self._neutral is None or self._neutral[0] != state:
+            self._neutral = (state, NeutralText(model, self.neutral))
+        return self._neutral[1]
 
     def prefixes(self, model: DynamicCausalLM, count: int, seed: int) -> tuple[str, ...]:
         """Returns beginnings of text that the base writes."""

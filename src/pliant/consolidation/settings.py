@@ -13,6 +13,9 @@ from pliant.models import Layers, select_layers
 TARGETS = ("auto", "context", "unembedding", "optimised")
 POSITIONS = ("answer", "span", "subject")
 
+SUBJECT_DEPTH, SUBJECT_SHARE = 0.1, 6
+"""Where the layers that rewrite subjects begin, as a share of the depth, and one in how many of all layers they are."""
+
 TASKS: dict[str, float] = {"factual_recall": 0.2, "reasoning": 0.05, "creative": 0.01}
 """α that goes with a kind of task."""
 
@@ -27,7 +30,8 @@ class Consolidation:
             ``optimised`` finds the subject's state by gradient steps; ``auto`` takes ``unembedding`` for each fact
             whose subject's new state makes the answer likely by itself, as a forward pass shows, else ``optimised``.
         layers: Where to write. Those in the lower half rewrite the subject, those in the upper half the answer.
-            By default one at a tenth of the depth and the last two; for ``context`` every second of the upper third.
+            By default a sixth of them from a tenth of the depth on, and the last; for ``context`` every second of the
+            upper third.
         positions: For ``context``: where the answer is predicted, the ``span`` from the subject on, or the subject.
         alpha: α, strength: the share of what is missing that is written; may exceed 1.
         margin: Lead of the answer's logit over every other, in nats.
@@ -81,15 +85,12 @@ class Consolidation:
             if self.target == "context":
                 return [], chosen
             lower = [index for index in chosen if index < num_layers // 2]
-            if len(lower) > 1:
-                raise ConfigError(
-                    f"layers must name at most one layer of the lower half (0..{num_layers // 2 - 1}), where the "
-                    f"subject is rewritten; got {lower}. Choose one of them, or set target='context'."
-                )
             return lower, [index for index in chosen if index not in lower]
         if self.target == "context":
             return [], list(range(2 * num_layers // 3, num_layers - 1, 2)) or [num_layers - 1]
-        return [round(0.1 * num_layers)], list(range(max(1, num_layers - 2), num_layers))
+        first = round(SUBJECT_DEPTH * num_layers)
+        subjects = range(first, first + max(1, num_layers // SUBJECT_SHARE))
+        return list(subjects), list(range(max(1, num_layers - 1), num_layers))
 
     @classmethod
     def for_task(cls, task: str, **fields: Any) -> "Consolidation":

@@ -1,6 +1,7 @@
 """From facts to the changes of ``down_proj`` that hold them: rows, targets and writes, in order."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pliant.consolidation.budget import NeutralText, shrunk
+from pliant.consolidation.budget import NeutralText, divergence, shrunk
 from pliant.consolidation.facts import Fact
 from pliant.consolidation.forward import PartialPass
 from pliant.consolidation.queries import OTHER_SUBJECTS
@@ -17,21 +18,38 @@ from pliant.consolidation.settings import Consolidation
 from pliant.consolidation.stages import (
     AnswerGoal,
     ContextGoal,
+    Goal,
     Problem,
+    SubjectGoal,
     SubjectStage,
     context_places,
-    write_answers,
+    write_layers,
 )
-from pliant.consolidation.writers import write
+from pliant.consolidation.writers import WriteSettings
 from pliant.errors import EditError
 from pliant.key_moments import KeyMoments
 from pliant.models import DynamicCausalLM
-from pliant.models.edits import Delta, down_proj
+from pliant.models.edits import Delta
 
 FACTS_AT_ONCE = 64
 """Facts whose subjects are looked at together."""
 SUBJECT_BUDGET = 0.8
 """Share of the KL budget that the subjects may take, so that the answers have room."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What is to be written.
+
+    Attributes:
+        deltas: The changes by projection.
+        kl: The divergence that they cause on neutral text, in nats a token.
+        details: Where they are, how many facts needed gradients, and the share of the subject's change that is left.
+    """
+
+    deltas: Mapping[str, Delta]
+    kl: float
+    details: Mapping[str, Any]
 
 
 class Solver:
@@ -63,40 +81,53 @@ class Solver:
         self.fill = fill_token(tokenizer)
         self.problem = self._problem()
 
-    def solve(
-        self, subject_layers: Sequence[int], answer_layers: Sequence[int]
-    ) -> tuple[dict[str, Delta], dict[str, Any]]:
-        """Returns the changes, and what the ledger should say of them.
+    def solve(self, subject_layers: Sequence[int], answer_layers: Sequence[int]) -> Solution:
+        """Returns the changes, within the KL budget, and what the ledger should say of them.
 
         Raises:
-            EditError: There is nothing to write in these layers.
+            EditError: There is nothing to write in these layers, or the budget leaves nothing of it.
         """
         details: dict[str, Any] = {"layers": [*subject_layers, *answer_layers], "optimised": 0}
-        deltas: dict[str, Delta] = {}
-        for layer in subject_layers:
-            if any(row.subject is not None for row in self.problem.rows):
-                deltas[down_proj(layer)], details["optimised"] = self._write_subjects(layer)
-        if deltas:
-            budget = self.settings.kl_budget and self.settings.kl_budget * SUBJECT_BUDGET / self.settings.alpha**2
-            deltas, _, details["subject_share"] = shrunk(self.model, deltas, self.neutral, budget)
-        if answer_layers:
-            deltas |= write_answers(
-                self.model,
-                self.problem,
-                answer_layers,
-                self._goal(answer_layers),
-                self.settings.write,
-                self.moments,
-                deltas,
-                self.fill,
-            )
-        if not deltas:
+        named = self.problem.with_subjects()
+        subjects: dict[str, Delta] = {}
+        if subject_layers and named.rows:
+            values, details["optimised"] = self._subject_values(named, subject_layers[-1])
+            goal = SubjectGoal(named, values)
+            subjects = self._write(named, subject_layers, goal, self.settings.subject_write, {})
+        if not subjects and not answer_layers:
             raise EditError(
                 "layers must leave something to write; got only layers that rewrite a subject, and no query names one. "
                 "Give the subject as the queries write it, or layers of the upper half."
             )
+        solved, budget = self._with_answers(subjects, answer_layers), self.settings.kl_budget
+        kl = divergence(self.model, solved, self.neutral)
+        if budget is None or kl <= budget:
+            return Solution(deltas=solved, kl=kl, details={**details, "share": 1.0})
+        share = 1.0
+        if subjects:  # less there leaves more to the answer, which is solved for anew
+            part = budget * SUBJECT_BUDGET / self.settings.alpha**2
+            subjects, _, share = shrunk(self.model, subjects, self.neutral, part)
+            solved = self._with_answers(subjects, answer_layers)
+        solved, kl, left = shrunk(self.model, solved, self.neutral, budget)
+        return Solution(deltas=solved, kl=kl, details={**details, "share": left * share})
+
+    def _with_answers(self, subjects: Mapping[str, Delta], layers: Sequence[int]) -> dict[str, Delta]:
+        """Returns the changes at the subjects, and those that then are missing where the answers are predicted."""
+        deltas = dict(subjects)
+        if layers:
+            deltas |= self._write(self.problem, layers, self._goal(layers), self.settings.write, subjects)
         scale = 1.0 if self.settings.target == "context" else self.settings.alpha
-        return {name: Delta(left=delta.left * scale, right=delta.right) for name, delta in deltas.items()}, details
+        return {name: Delta(left=delta.left * scale, right=delta.right) for name, delta in deltas.items()}
+
+    def _write(
+        self,
+        problem: Problem,
+        layers: Sequence[int],
+        goal: Goal,
+        settings: WriteSettings,
+        given: Mapping[str, Delta],
+    ) -> dict[str, Delta]:
+        return write_layers(self.model, problem, layers, goal, settings, self.moments, given, self.fill)
 
     def _problem(self) -> Problem:
         """The rows that ask for the facts behind the prefixes, and the same asked about other subjects."""
@@ -121,33 +152,19 @@ class Solver:
     def _prefixes(self, wanted: bool) -> Sequence[str]:
         return self.prefixes if wanted else ("",)
 
-    def _write_subjects(self, layer: int) -> tuple[Delta, int]:
-        """Returns the change at the subjects, and how many facts needed gradients for it."""
-        keys, values, contrast, optimised = [], [], [], 0
-        for start in range(0, len(self.facts), FACTS_AT_ONCE):
-            part = self.problem.part(start, start + FACTS_AT_ONCE)
-            if not any(row.subject is not None for row in part.rows):
-                continue
+    def _subject_values(self, problem: Problem, layer: int) -> tuple[Float[Tensor, "facts d_model"], int]:
+        """Returns what to add to the subjects' states after ``layer``, and how many facts needed gradients for it."""
+        values, optimised = [], 0
+        for start in range(0, problem.facts, FACTS_AT_ONCE):
+            part = problem.part(start, start + FACTS_AT_ONCE)
             stage = SubjectStage(self.model, part, layer, self.fill)
             value, log_p = stage.strongest(self._answer_change(part, layer), self.settings.enough)
             wanted = self._to_optimise(stage.named, log_p.cpu())
             if wanted.any():
                 value = stage.search(value, wanted)
-            keys.append(stage.keys[stage.named])
-            values.append(value[stage.named.to(value.device)])
-            if stage.contrast is not None:
-                contrast.append(stage.contrast)
+            values.append(value.cpu())
             optimised += int(wanted.sum())
-        found = torch.cat(keys)
-        delta = write(
-            self.settings.subject_write,
-            found.cpu(),
-            torch.cat(values).cpu(),
-            torch.cat(contrast).cpu() if contrast else None,
-            self.moments[layer],
-            facts=len(found),
-        )
-        return delta, optimised
+        return torch.cat(values), optimised
 
     def _to_optimise(self, named: Bool[Tensor, " facts"], log_p: Float[Tensor, " facts"]) -> Bool[Tensor, " facts"]:
         """Which facts need gradients.
@@ -187,7 +204,7 @@ class Solver:
         means = gathered(after, [[len(row.ids) - 1] for row in rows]).view(len(words), len(leads), -1).mean(1)
         return means[: len(order)] - means[len(order) :]
 
-    def _goal(self, layers: Sequence[int]) -> AnswerGoal:
+    def _goal(self, layers: Sequence[int]) -> Goal:
         if self.settings.target == "context":
             return self._context_goal(layers)
         return AnswerGoal(self.model, self.problem, self.settings.margin)

@@ -9,9 +9,10 @@ subject is written first, and late layers add what is missing.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,9 +27,9 @@ STRENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0)
 """Multiples of the change of state that are tried at the subject, until the answer is likely enough."""
 ROWS_AT_ONCE = 256
 """Rows that go through the model together."""
-STEPS, LEARNING_RATE, CLAMP, DECAY = 15, 0.5, 4.0, 0.02
+STEPS, LEARNING_RATE, CLAMP, DECAY = 20, 0.5, 4.0, 0.02
 """Of the search for a value by gradient: Adam's steps and rate, the largest norm beside the state's, weight decay."""
-ENOUGH = 0.3
+ENOUGH = 0.1
 """Nats a token at which the search for a value stops."""
 
 
@@ -46,6 +47,16 @@ class Problem:
     contrast: Sequence[Row]
     facts: int
 
+    def with_subjects(self) -> "Problem":
+        """Returns the rows that name their subject, of facts that have such rows, counted from 0."""
+        facts = sorted({row.fact for row in self.rows if row.subject is not None})
+        numbers = {fact: index for index, fact in enumerate(facts)}
+        rows, contrast = (
+            [replace(row, fact=numbers[row.fact]) for row in some if row.subject is not None and row.fact in numbers]
+            for some in (self.rows, self.contrast)
+        )
+        return Problem(rows=rows, contrast=contrast, facts=len(facts))
+
     def part(self, start: int, stop: int) -> "Problem":
         """Returns the rows of the facts ``start`` to ``stop``, counted from 0."""
         rows, contrast = (
@@ -56,15 +67,11 @@ class Problem:
 
 
 class SubjectStage:
-    """Writes at the last token of each subject, in one layer.
-
-    The value v of a fact is what is added to the state after the layer; the key is the mean over the fact's rows of
-    what ``down_proj`` reads there.
+    """Finds what is to be added to the state at the last token of each subject, after one layer.
 
     Attributes:
-        keys: (facts, d_ffn); zero for a fact that no row names the subject of.
-        state: (facts, d_model), what the layer leaves there now.
-        contrast: Keys of other subjects, if there are any.
+        state: (facts, d_model), what the layer leaves there now, the mean over the fact's rows; zero for a fact that
+            no row names the subject of.
         named: Which facts have a subject.
     """
 
@@ -73,19 +80,11 @@ class SubjectStage:
         self.rows = [row for row in problem.rows if row.subject is not None]
         self.owners = torch.tensor([row.fact for row in self.rows])
         self.named = torch.bincount(self.owners, minlength=self.facts) > 0
-        self.above, keys, state = _at_subjects(model, self.rows, layer, fill)
-        self.keys, self.state = self.mean(keys), self.mean(state)
-        contrast = [row for row in problem.contrast if row.subject is not None]
-        self.contrast = _at_subjects(model, contrast, layer, fill)[1] if contrast else None
+        self.above = PartialPass(model, padded(self.rows, fill), layer)
         self.above.advance(layer + 1)
         self.places = torch.tensor([row.subject for row in self.rows], device=self.above.hidden.device)
-
-    def mean(self, values: Float[Tensor, "rows ..."]) -> Float[Tensor, "facts ..."]:
-        """Returns the mean over each fact's rows; zero for a fact without any."""
-        owners = self.owners.to(values.device)
-        total = values.new_zeros(self.facts, *values.shape[1:]).index_add(0, owners, values)
-        counts = torch.bincount(owners, minlength=self.facts).clamp(min=1)
-        return total / counts.view(-1, *[1] * (values.ndim - 1))
+        state = self.above.hidden[torch.arange(len(self.rows), device=self.places.device), self.places]
+        self.state = mean_by(self.owners, state.float(), self.facts)
 
     def log_p(self, values: Float[Tensor, "facts d_model"]) -> Float[Tensor, " facts"]:
         """Returns the answers' mean log-probability a token with ``values`` added at the subjects."""
@@ -102,7 +101,7 @@ class SubjectStage:
         weights = torch.tensor([1 / row.length for row in self.rows for _ in row.answer], device=log_p.device)
         rows = torch.tensor([i for i, row in enumerate(self.rows) for _ in row.answer], device=log_p.device)
         per_row = own.new_zeros(len(self.rows)).index_add(0, rows, own * weights)
-        return self.mean(per_row)
+        return mean_by(self.owners, per_row, self.facts)
 
     @torch.no_grad()
     def strongest(
@@ -152,29 +151,19 @@ class SubjectStage:
 
 
 @torch.no_grad()
-def _at_subjects(
-    model: PreTrainedModel, rows: Sequence[Row], layer: int, fill: int
-) -> tuple[PartialPass, Float[Tensor, "rows d_ffn"], Float[Tensor, "rows d_model"]]:
-    """Runs rows up to ``layer``; returns the pass, the keys at the subjects, and the states that the layer leaves."""
-    states = PartialPass(model, padded(rows, fill), layer)
-    keys, after = states.run(layer, keys=layer)
-    assert keys is not None
-    places = [[row.subject or 0] for row in rows]
-    return states, gathered(keys, places), gathered(after, places)
-
-
-@torch.no_grad()
-def write_answers(
+def write_layers(
     model: PreTrainedModel,
     problem: Problem,
     layers: Sequence[int],
-    goal: "AnswerGoal",
+    goal: "Goal",
     settings: WriteSettings,
     moments: Mapping[int, KeyMoments],
     given: Mapping[str, Delta],
     fill: int,
 ) -> dict[str, Delta]:
-    """Writes in ``layers``, one after another, what the rows still lack after the last of them.
+    """Writes in ``layers``, one after another, what the states of the goal still lack after the last of them.
+
+    Each takes an equal share of what is left, so that all of them move neutral text less than one would.
 
     Args:
         model: The model.
@@ -195,7 +184,7 @@ def write_answers(
         with trial(model, {**given, **written}):
             keys, after = rows.at(layer, layers[-1])
             contrast = others.at(layer, layer)[0] if problem.contrast else None
-        residual = spread(target, after, len(layers) - index)
+        keys, residual = goal.joined(keys), goal.joined(spread(target, after, len(layers) - index))
         written[down_proj(layer)] = write(settings, keys, residual, contrast, moments[layer], facts=problem.facts)
     return written
 
@@ -227,6 +216,44 @@ class _Chunks:
         return torch.cat(keys), torch.cat(states)
 
 
+@runtime_checkable
+class Goal(Protocol):
+    """Which places of the rows are written at, and what the state should be there."""
+
+    def places(self, rows: Sequence[Row]) -> list[Sequence[int]]:
+        """Where to write in each row."""
+        ...
+
+    def target(self, present: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """Returns what the state should be at these places, given what it is."""
+        ...
+
+    def joined(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "m d"]:
+        """Returns one value for each key that is written, from one for each place."""
+        ...
+
+
+class SubjectGoal:
+    """The state at a subject's last token is to move by ``values``; each fact is one key, the mean over its rows.
+
+    Args:
+        problem: Rows that all have a subject, of facts that all have rows.
+        values: What is added, fact by fact.
+    """
+
+    def __init__(self, problem: Problem, values: Float[Tensor, "facts d_model"]) -> None:
+        self.owners, self.values = torch.tensor([row.fact for row in problem.rows]), values.cpu()
+
+    def places(self, rows: Sequence[Row]) -> list[Sequence[int]]:
+        return [[row.subject or 0] for row in rows]
+
+    def target(self, present: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        return present + self.values[self.owners].to(present)
+
+    def joined(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "m d"]:
+        return mean_by(self.owners, values, len(self.values))
+
+
 class AnswerGoal:
     """The answer's logit is to lead every other by a margin, wherever a token of the answer is predicted."""
 
@@ -235,26 +262,22 @@ class AnswerGoal:
         self.answers = torch.tensor([token for row in problem.rows for token in row.answer])
 
     def places(self, rows: Sequence[Row]) -> list[Sequence[int]]:
-        """Where to write in each row."""
         return [row.places for row in rows]
 
     def target(self, present: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        """Returns what the state should be at these places, given what it is."""
         device = self.model.lm_head.weight.device
         parts = zip(present.split(ROWS_AT_ONCE), self.answers.split(ROWS_AT_ONCE), strict=True)
         missing = [margin_residual(self.model, some.to(device), own.to(device), self.margin) for some, own in parts]
         return present + torch.cat(missing).to(present)
 
+    def joined(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "m d"]:
+        return values
 
-class ContextGoal(AnswerGoal):
+
+class ContextGoal:
     """The state is to be what it is behind the context, by ``h + α (h_context − h)``."""
 
-    def __init__(
-        self,
-        behind: Float[Tensor, "n d_model"],
-        alpha: float,
-        positions: str,
-    ) -> None:
+    def __init__(self, behind: Float[Tensor, "n d_model"], alpha: float, positions: str) -> None:
         self.behind, self.alpha, self.positions = behind, alpha, positions
 
     def places(self, rows: Sequence[Row]) -> list[Sequence[int]]:
@@ -262,6 +285,17 @@ class ContextGoal(AnswerGoal):
 
     def target(self, present: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         return present + self.alpha * (self.behind.to(present) - present)
+
+    def joined(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "m d"]:
+        return values
+
+
+def mean_by(owners: Int[Tensor, " n"], values: Float[Tensor, "n ..."], count: int) -> Float[Tensor, "facts ..."]:
+    """Returns the mean of the values of each of ``count`` owners; zero for one without any."""
+    owners = owners.to(values.device)
+    total = values.new_zeros(count, *values.shape[1:]).index_add(0, owners, values)
+    counts = torch.bincount(owners, minlength=count).clamp(min=1)
+    return total / counts.view(-1, *[1] * (values.ndim - 1))
 
 
 def context_places(row: Row, positions: str) -> Sequence[int]:

@@ -1,5 +1,6 @@
 """From a loaded base to a dynamic model, with the best start that needs no training."""
 
+from pliant.conversion.calibrate import calibrate
 from pliant.conversion.convert import convert
 
-__all__ = ["convert"]
+__all__ = ["calibrate", "convert"]

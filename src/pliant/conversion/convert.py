@@ -1,55 +1,55 @@
 """``pliant.convert``: everything is checked and computed first, then the model changes at once."""
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any, cast
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from pliant.architectures import NptConfig
-from pliant.conversion.allocation import share_ranks
-from pliant.conversion.closed_form import fill, spectrum
-from pliant.data import calibration_tokens, token_windows
-from pliant.errors import ConfigError, ConversionError, DataError
-from pliant.metrics import compare_to_base
+from pliant.architectures import ARCHITECTURES, NptConfig, RoutedConfig
+from pliant.architectures.base import LayerConfig
+from pliant.conversion.npt import convert_npt
+from pliant.conversion.routed import convert_routed, with_partners
+from pliant.conversion.text import Text
+from pliant.errors import ConfigError, ConversionError
 from pliant.models import DynamicCausalLM, Family, Layers, PliantSpec, family_of, select_layers
 from pliant.models.bases import recorded_name
 from pliant.models.graft import install
-from pliant.statistics import AttentionStatistics, Progress, attention_statistics
+from pliant.models.spec import architecture_of
+from pliant.statistics import AttentionStatistics, Progress
 
-logger = logging.getLogger(__name__)
-
-CALIBRATION_TOKENS = 32_768
-WARNING_RATIO = 1.2
-
-Calibration = AttentionStatistics | Int[Tensor, "windows window"] | Sequence[str]
-LayerMap = Mapping[str, str | NptConfig]
+Calibration = AttentionStatistics | Text
+LayerMap = Mapping[str, str | LayerConfig]
 
 
 def convert(
     model: PreTrainedModel,
-    config: NptConfig | None = None,
+    config: LayerConfig | None = None,
     *,
-    layers: Layers | LayerMap = "all",
+    layers: Layers | LayerMap | None = None,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> DynamicCausalLM:
-    """Makes layers of a causal LM plastic, in place, and returns the same object.
+    """Makes layers of a causal LM dynamic, in place, and returns the same object.
 
-    ``keyed`` and ``keyed_pre`` below full rank start from the closed form ``U = V_r``, ``D = V_rᵀ`` with V_r the
-    leading eigenvectors of ``E[a aᵀ]`` over the calibration text; at full rank U = D = I. The other forms start
-    at zero modulation. New parameters are fp32; those of the base are neither copied nor changed.
+    Plastic layers (``NptConfig``): ``keyed`` and ``keyed_pre`` below full rank start from the closed form
+    ``U = V_r``, ``D = V_rᵀ`` with V_r the leading eigenvectors of ``E[a aᵀ]`` over the calibration text; at full rank
+    U = D = I. The other forms start at zero modulation.
+
+    Routed layers (``ModConfig`` and its like): with γ = ``capacity_gamma`` = 1 every token runs, and the model is its
+    base bit for bit. Below, the thresholds of all routed layers are set so that a share γ of the calibration text runs.
+
+    New parameters are fp32; those of the base are neither copied nor changed.
 
     Args:
         model: A Llama, Mistral, Qwen2, Qwen3 or SmolLM3 causal LM, plain, quantised or offloaded; or a pliant
-            model with unconverted layers left.
-        config: The form of every layer in ``layers``; by default ``NptConfig()``: ``keyed``, automatic rank.
-        layers: ``"all"``, ``"upper_half"``, ``"lower_half"``, ``"8-15"``, a list; or a map from such selections
-            to presets or configurations, ``{"0-9": "v1", "10-29": "v2"}``, and then no ``config``.
-        calibration: Token windows, texts, or what ``pliant.statistics.attention_statistics`` returned. ``None``
-            takes the embedded texts.
+            model of the same architecture with unconverted layers left.
+        config: What every layer in ``layers`` becomes; by default ``NptConfig()``: ``keyed``, automatic rank.
+        layers: ``"all"``, ``"alternate"`` (1, 3, 5, …), ``"upper_half"``, ``"lower_half"``, ``"8-15"``, a list; or a
+            map from such selections to presets or configurations, ``{"0-9": "v1", "10-29": "v2"}``, and then no
+            ``config``. ``None`` is all layers, of a routed architecture every other one. Of one that works on pairs
+            these are the routed layers; the layer before each joins by itself.
+        calibration: Token windows, texts, or, of plastic layers, what ``pliant.statistics.attention_statistics``
+            returned. ``None`` takes the embedded texts. Routed layers read the windows in one forward.
         progress: Called with a label, the steps done and the steps there are.
 
     Raises:
@@ -60,24 +60,25 @@ def convert(
     """
     family = _check_model(model)
     wanted = _resolve(config, layers, model.config.num_hidden_layers)
-    _check_layers(model, wanted)
-    statistics = _statistics(model, wanted, calibration, progress)
-    bases = _closed_form_bases(model, wanted, statistics, progress)
-    held_out = None if statistics is None else statistics.held_out
-    del statistics  # as large as the new parameters
-    spec = PliantSpec.of(model.config)
-    settled = {i: c.with_rank(bases[i].shape[1]) if i in bases else c for i, c in wanted.items()}
+    spec = _check_layers(model, wanted)
     base = spec.base or {
         "name": recorded_name(model.config._name_or_path) or None,
         "revision": getattr(model.config, "_commit_hash", None),
     }
-    install(model, family.causal_lm, PliantSpec(architecture="npt", layers={**spec.layers, **settled}, base=base))
+    architecture = architecture_of(next(iter(wanted.values())))
+    assert architecture is not None
+
+    def put(settled: Mapping[int, LayerConfig]) -> None:
+        new = PliantSpec(architecture=architecture, layers={**spec.layers, **settled}, base=base)
+        install(model, family.causal_lm, new)
+
+    if architecture == "npt":
+        convert_npt(model, cast(Any, wanted), put, calibration, progress)
+    elif all(isinstance(layer, RoutedConfig) for layer in wanted.values()):
+        convert_routed(model, cast(Any, wanted), put, calibration, progress)
+    else:  # an architecture whose start is that of its parameters
+        put(wanted)
     assert isinstance(model, DynamicCausalLM)
-    for index in settled:
-        if index in bases:
-            fill(model.model.layers[index], bases.pop(index))
-    if held_out is not None:
-        _warn_if_lossy(model, held_out, progress)
     return model
 
 
@@ -96,130 +97,57 @@ def _check_model(model: PreTrainedModel) -> Family:
     return family
 
 
-def _resolve(config: NptConfig | None, layers: Layers | LayerMap, num_layers: int) -> dict[int, NptConfig]:
-    """Returns the configuration of every layer that ``config`` and ``layers`` ask for."""
-    if config is not None and not isinstance(config, NptConfig):
+def _resolve(config: LayerConfig | None, layers: Layers | LayerMap | None, num_layers: int) -> dict[int, LayerConfig]:
+    """Returns the configuration of every layer that ``config`` and ``layers`` ask for, all of one architecture."""
+    if config is not None and architecture_of(config) is None:
+        others = ", ".join(row.config.__name__ for row in ARCHITECTURES.values() if row.config not in (None, NptConfig))
         raise ConfigError(
-            f"config must be an NptConfig; got {config!r}. Write pliant.NptConfig.preset('keyed', rank=192)."
+            f"config must be an NptConfig, or one of another architecture ({others}); got {config!r}. "
+            "Write pliant.NptConfig.preset('keyed', rank=192)."
         )
     if not isinstance(layers, Mapping):
-        chosen = config or NptConfig()
-        return dict.fromkeys(select_layers(layers, num_layers), chosen)
-    if config is not None:
+        chosen = NptConfig() if config is None else config
+        usual = "alternate" if isinstance(chosen, RoutedConfig) else "all"
+        resolved = dict.fromkeys(select_layers(usual if layers is None else layers, num_layers), chosen)
+    elif config is not None:
         raise ConfigError("layers must not be a map when config is given: the map names each layer's form. Drop one.")
-    resolved: dict[int, NptConfig] = {}
+    else:
+        resolved = _resolve_map(layers, num_layers)
+    return with_partners(resolved)
+
+
+def _resolve_map(layers: Mapping[Any, Any], num_layers: int) -> dict[int, LayerConfig]:
+    resolved: dict[int, LayerConfig] = {}
     for selection, form in layers.items():
-        layer_config = form if isinstance(form, NptConfig) else NptConfig.preset(form)
+        layer_config = NptConfig.preset(form) if architecture_of(form) is None else form
         for index in select_layers(selection, num_layers):
             if index in resolved:
                 raise ConversionError(f"layers must name each layer once; {selection!r} repeats layer {index}.")
             resolved[index] = layer_config
     if not resolved:
         raise ConversionError("layers must name at least one layer; got an empty map. Use 'all' for every layer.")
+    names = list(dict.fromkeys(architecture_of(layer_config) for layer_config in resolved.values()))
+    if len(names) > 1:
+        raise ConversionError(
+            f"layers must be of one architecture; got {names[0]} and {names[1]}. Choose one of them for all layers."
+        )
     return resolved
 
 
-def _check_layers(model: PreTrainedModel, wanted: Mapping[int, NptConfig]) -> None:
-    d_model = model.config.hidden_size
-    converted = PliantSpec.of(model.config).layers
-    if twice := sorted(converted.keys() & wanted.keys()):
+def _check_layers(model: PreTrainedModel, wanted: Mapping[int, LayerConfig]) -> PliantSpec:
+    """Returns what the model is so far, if the layers can join it."""
+    spec = PliantSpec.of(model.config)
+    architecture = architecture_of(next(iter(wanted.values())))
+    if spec.layers and spec.architecture != architecture:
         raise ConversionError(
-            f"layers must not be converted yet; layer {twice[0]} already is ({converted[twice[0]].to_dict()}). "
+            f"model must be a base, or have {architecture} layers only; it has {spec.architecture} layers already "
+            f"({', '.join(map(str, sorted(spec.layers)))}). Load the base again."
+        )
+    if twice := sorted(spec.layers.keys() & wanted.keys()):
+        raise ConversionError(
+            f"layers must not be converted yet; layer {twice[0]} already is ({spec.layers[twice[0]].to_dict()}). "
             "Load the base again, or choose other layers."
         )
-    requested = PliantSpec(architecture="npt", layers=wanted)
+    requested = PliantSpec(architecture=architecture or "dense", layers=wanted)
     requested.check_quantisation(getattr(model.config, "quantization_config", None))
-    for index, config in wanted.items():
-        if config.rank != "auto" and config.rank > d_model:
-            raise ConversionError(
-                f"rank must be in 1..{d_model} (d_model); got {config.rank} for layer {index}. Lower it."
-            )
-        gate = model.model.layers[index].mlp.gate_proj
-        is_offloaded = any(parameter.device.type == "meta" for parameter in gate.parameters())
-        if config.form == "keyed_pre" and gate.bias is not None and is_offloaded:
-            raise ConversionError(
-                f"form 'keyed_pre' reads the bias of gate and up; that of layer {index} is offloaded. Use 'keyed', or "
-                "keep the layer on a device."
-            )
-
-
-def _statistics(
-    model: PreTrainedModel,
-    wanted: Mapping[int, NptConfig],
-    calibration: Calibration | None,
-    progress: Progress | None,
-) -> AttentionStatistics | None:
-    """Returns second moments for the layers that need them; ``None`` if none does."""
-    needing = [i for i, c in wanted.items() if c.has_closed_form and c.rank != model.config.hidden_size]
-    if not needing:
-        return None
-    if isinstance(calibration, AttentionStatistics):
-        if missing := [i for i in needing if i not in calibration.moments]:
-            raise ConfigError(f"calibration must have a moment for every layer; layer {missing[0]} has none.")
-        d_model = model.config.hidden_size
-        for index in needing:
-            if calibration.moments[index].shape != (d_model, d_model):
-                raise ConfigError(
-                    f"calibration must come from a model of the same width, ({d_model}, {d_model}); the moment of "
-                    f"layer {index} has shape {tuple(calibration.moments[index].shape)}. Take it from this model."
-                )
-        return calibration
-    if not isinstance(calibration, Tensor):
-        tokenizer = _tokenizer(model.config._name_or_path)
-        if calibration is None:
-            calibration = calibration_tokens(tokenizer, num_tokens=CALIBRATION_TOKENS)
-        else:
-            calibration = token_windows(calibration, tokenizer, num_tokens=CALIBRATION_TOKENS)
-    return attention_statistics(model, calibration, layers=needing, progress=progress)
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"calibration text needs the model's tokenizer; {name!r} has none that can be read ({error}). "
-            "Give calibration=<token windows> instead."
-        ) from error
-
-
-def _closed_form_bases(
-    model: PreTrainedModel,
-    wanted: Mapping[int, NptConfig],
-    statistics: AttentionStatistics | None,
-    progress: Progress | None,
-) -> dict[int, Float[Tensor, "d_model rank"]]:
-    """Returns ``V_r`` of every layer with a closed form; the identity at full rank."""
-    d_model = model.config.hidden_size
-    closed = {i: c for i, c in wanted.items() if c.has_closed_form}
-    bases = {i: torch.eye(d_model) for i, c in closed.items() if c.rank == d_model}
-    if statistics is None:
-        return bases
-    shared = {i: c for i, c in closed.items() if i not in bases and c.allocation == "sensitivity"}
-    for index, config in closed.items():
-        if index not in bases and index not in shared:
-            modes = spectrum(statistics.moments[index])
-            bases[index] = modes.leading(
-                modes.rank_for(config.energy) if config.rank == "auto" else config.settled_rank
-            )
-    if shared:
-        spectra = {i: spectrum(statistics.moments[i]) for i in shared}
-        ranks = share_ranks(model, {i: c.settled_rank for i, c in shared.items()}, spectra, statistics.sample, progress)
-        bases |= {i: spectra[i].leading(rank) for i, rank in ranks.items()}
-    return bases
-
-
-def _warn_if_lossy(model: DynamicCausalLM, held_out: Tensor, progress: Progress | None) -> None:
-    try:
-        predicted = compare_to_base(model, held_out, progress=progress)
-    except DataError as error:
-        logger.warning("converted, but what it costs could not be measured on held-out text: %s", error)
-        return
-    logger.info("predicted perplexity ratio %.3f on %d held-out tokens", predicted.ratio, held_out.numel())
-    if predicted.ratio > WARNING_RATIO:
-        logger.warning(
-            "converted: perplexity is %.2f times the base's on held-out calibration text (above %.1f). Train the "
-            "model, or raise rank or energy.",
-            predicted.ratio,
-            WARNING_RATIO,
-        )
+    return spec

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from pliant.architectures import NptConfig, NptLayer
+from pliant.architectures import NptConfig, NptLayer, RoutedLayer, added_parameters
+from pliant.architectures.base import LayerConfig
 from pliant.errors import ConversionError
 from pliant.models import PliantSpec, family_of
 from pliant.models.graft import with_spec
+from pliant.models.spec import architecture_of
 
 BF16_BYTES = 2
 FP32_BYTES = 4
@@ -33,6 +35,24 @@ class LayerSummary:
 
     form: str
     rank: int | str
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedLayerSummary:
+    """What routing tokens through one layer adds to it, and saves.
+
+    Attributes:
+        form: Name of the architecture.
+        capacity: γ, the share of the tokens that run.
+        parameters: Added parameters.
+        flops: Floating-point operations per token that routing adds, which are fewer than 0 where it saves some. A
+            token that runs attends to a share γ of the tokens; each added parameter is used once.
+    """
+
+    form: str
+    capacity: float
     parameters: int
     flops: int
 
@@ -68,7 +88,7 @@ class Summary:
     base_nf4_bytes: int
     context: int
     base_flops: int
-    layers: Mapping[int, LayerSummary]
+    layers: Mapping[int, LayerSummary | RoutedLayerSummary]
 
     @property
     def added_parameters(self) -> int:
@@ -88,7 +108,7 @@ class Summary:
     @property
     def is_upper_bound(self) -> bool:
         """Whether a rank is still ``"auto"``, so that the additions are at most what is said."""
-        return any(layer.rank == "auto" for layer in self.layers.values())
+        return any(isinstance(layer, LayerSummary) and layer.rank == "auto" for layer in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON values."""
@@ -103,14 +123,14 @@ class Summary:
         }
 
 
-def summarise(config: PreTrainedConfig, layers: Mapping[int, NptConfig], *, context: int = 2048) -> Summary:
+def summarise(config: PreTrainedConfig, layers: Mapping[int, LayerConfig], *, context: int = 2048) -> Summary:
     """Counts what converting ``layers`` of the base that ``config`` describes adds; no weights are
     needed.
 
     Args:
         config: Configuration of a base, or of a pliant model, whose own layers are then left out.
-        layers: Layer index → form. With ``rank="auto"`` the counts are those of full rank, an upper
-            bound.
+        layers: Layer index → configuration, all of one architecture. With ``rank="auto"`` the
+            counts are those of full rank, an upper bound.
         context: Tokens that a token attends to, for the FLOPs of attention.
 
     Raises:
@@ -119,24 +139,29 @@ def summarise(config: PreTrainedConfig, layers: Mapping[int, NptConfig], *, cont
     """
     family = family_of(config)
     _check(layers, config.num_hidden_layers, config.hidden_size)
-    widest: dict[int, Any] = {i: c.with_rank(config.hidden_size) if c.rank == "auto" else c for i, c in layers.items()}
-    spec = PliantSpec(architecture="npt", layers=widest) if layers else PliantSpec()
+    widest = {i: c.with_rank(config.hidden_size) if _is_automatic(c) else c for i, c in layers.items()}
+    name = architecture_of(next(iter(widest.values()))) if widest else None
+    spec = PliantSpec() if name is None else PliantSpec(architecture=name, layers=widest)
     with torch.device("meta"):
         model = family.causal_lm(with_spec(config, family.config, spec))
     return _count(model, family.name, layers, context)
 
 
-def _check(layers: Mapping[int, NptConfig], num_layers: int, d_model: int) -> None:
+def _is_automatic(config: LayerConfig) -> TypeGuard[NptConfig]:
+    return isinstance(config, NptConfig) and config.rank == "auto"
+
+
+def _check(layers: Mapping[int, LayerConfig], num_layers: int, d_model: int) -> None:
     for index, layer in layers.items():
         if not 0 <= index < num_layers:
             raise ConversionError(f"layers must be in 0..{num_layers - 1} (num_hidden_layers); got {index}.")
-        if isinstance(layer.rank, int) and layer.rank > d_model:
+        if isinstance(layer, NptConfig) and isinstance(layer.rank, int) and layer.rank > d_model:
             raise ConversionError(
                 f"rank must be in 1..{d_model} (d_model); got {layer.rank} for layer {index}. Lower it."
             )
 
 
-def _count(model: Any, family: str, layers: Mapping[int, NptConfig], context: int) -> Summary:
+def _count(model: Any, family: str, layers: Mapping[int, LayerConfig], context: int) -> Summary:
     config = model.config
     added = {id(parameter) for _, parameter in model.dynamic_parameters()}
     base_parameters = sum(p.numel() for p in model.parameters() if id(p) not in added)
@@ -153,18 +178,26 @@ def _count(model: Any, family: str, layers: Mapping[int, NptConfig], context: in
         context=context,
         base_flops=2 * (quantised + model.lm_head.weight.numel()) + attention,
         layers={
-            index: LayerSummary(
-                form=layers[index].form,
-                rank=layers[index].rank,
-                parameters=sum(p.numel() for p in layer.plastic.parameters()),
-                flops=_flops(layer),
-            )
+            index: _summary(layer, layers[index], context)
             for index, layer in model.dynamic_layers.items()
+            if not isinstance(layer, RoutedLayer) or layer.routes
         },
     )
 
 
-def _linears(model: PreTrainedModel) -> list[nn.Linear]:
+def _summary(layer: Any, config: Any, context: int) -> LayerSummary | RoutedLayerSummary:
+    parameters = sum(p.numel() for _, p in added_parameters(layer))
+    if isinstance(layer, NptLayer):
+        return LayerSummary(form=config.form, rank=config.rank, parameters=parameters, flops=_flops(layer))
+    return RoutedLayerSummary(
+        form=architecture_of(config) or "",
+        capacity=config.capacity_gamma,
+        parameters=parameters,
+        flops=2 * parameters - round(_saved_flops(layer, config.capacity_gamma, context)),
+    )
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
@@ -178,3 +211,12 @@ def _flops(layer: NptLayer) -> int:
             d_out, d_in = getattr(layer.mlp, name).weight.shape
             flops += 2 * layer.layer_config.num_updates * (d_in + d_out)  # key · z, then value times that
     return flops
+
+
+def _saved_flops(layer: Any, capacity: float, context: int) -> float:
+    """FLOPs of one layer that a token is spared on average."""
+    has = {"block": (layer.self_attn, layer.mlp), "attention": (layer.self_attn,), "mlp": (layer.mlp,)}[layer.part]
+    saved = (1 - capacity) * 2 * sum(linear.weight.numel() for part in has for linear in _linears(part))
+    if layer.part != "mlp":
+        saved += (1 - capacity**2) * 4 * context * layer.self_attn.q_proj.out_features
+    return saved

@@ -1,12 +1,14 @@
 """Full and delta checkpoints: strict keys, safetensors only, and never over the wrong base.
 
-A delta holds the added parameters and a fingerprint of the base: four values of each of its tensors, NaN where a
-tensor is quantised or offloaded and cannot be compared.
+A delta holds the added parameters and buffers, and a fingerprint of the base: four values of each of its tensors, NaN
+where a tensor is quantised or offloaded and cannot be compared.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from pliant.architectures import added_parameters
+from pliant.architectures.base import added_buffers
 from pliant.errors import CheckpointError
 from pliant.models.bases import resolve_base
 from pliant.models.graft import install, with_spec
@@ -29,6 +32,7 @@ from pliant.models.staging import replaced
 DELTA_NAME = "pliant_delta.safetensors"
 FINGERPRINT_KEY = "base_fingerprint"
 FINGERPRINT_WIDTH = 4
+THRESHOLD_SUFFIX = ".router.threshold"
 FULL_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -87,12 +91,12 @@ def check_destination(directory: str | os.PathLike, *, delta: bool) -> None:
 def save_delta(
     model: PreTrainedModel, directory: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes the added parameters of ``model``, its configuration and its base's fingerprint."""
+    """Writes the added parameters and buffers of ``model``, its configuration and its base's fingerprint."""
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise CheckpointError(
             "delta=True needs a model without adapters; this one holds layers of peft. Merge or unload the adapter."
         )
-    added = dict(added_parameters(model))
+    added = added_tensors(model)
     if not added:
         raise CheckpointError("delta=True needs a converted model; this one is dense. Save it without delta.")
     values = added if state_dict is None else {name: state_dict[name] for name in added}
@@ -112,6 +116,11 @@ def save_delta(
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
+
+
+def added_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Returns every parameter and every saved buffer that conversion added, by name."""
+    return {**dict(added_parameters(model)), **dict(added_buffers(model))}
 
 
 def save_tokenizer(name: str, directory: str | os.PathLike) -> None:
@@ -250,14 +259,9 @@ def load_adapters(model: Any, directory: str | os.PathLike) -> None:
 
 
 def _read_delta(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as reader:
-            metadata = reader.metadata() or {}
-            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} must be a whole safetensors file; reading failed: {error}. Save it again."
-        ) from error
+    with _opened(Path(file)) as reader:
+        metadata = reader.metadata() or {}
+        tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (not a dict)
     if metadata.get("format_version") != str(FORMAT_VERSION) or FINGERPRINT_KEY not in tensors:
         raise CheckpointError(
             f"{file} must be a pliant delta of format {FORMAT_VERSION}; got format "
@@ -266,8 +270,74 @@ def _read_delta(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def saved_thresholds(directory: str | os.PathLike) -> dict[int, float]:
+    """Returns the thresholds of the routed layers of a local checkpoint, by layer, without loading the rest.
+
+    Raises:
+        CheckpointError: A file is damaged.
+    """
+    found: dict[int, float] = {}
+    for file in weight_files(directory):
+        with _opened(file) as reader:
+            names = [name for name in reader.keys() if name.endswith(THRESHOLD_SUFFIX)]  # noqa: SIM118 (not a dict)
+            found |= {int(name.split(".")[-3]): reader.get_tensor(name).item() for name in names}
+    return dict(sorted(found.items()))
+
+
+def replace_buffers(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+    """Writes the added buffers of ``model``, and how its layers are configured, into its own checkpoint.
+
+    Every other tensor stays as it is, bit for bit. New files are complete before the first takes the place of an old
+    one.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or lacks one of the buffers.
+    """
+    folder = Path(directory)
+    missing = {name: buffer.detach().cpu() for name, buffer in added_buffers(model)}
+    with ExitStack() as stack:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config["pliant"] = model.config.pliant  # type: ignore[union-attr]
+        staged = stack.enter_context(replaced(folder / CONFIG_NAME, prefix=".config-"))  # the last to be put in place
+        Path(staged).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file in weight_files(folder):
+            with _opened(file) as reader:
+                names, metadata = list(reader.keys()), reader.metadata()
+                if not missing.keys() & set(names):
+                    continue
+                tensors = {name: reader.get_tensor(name) for name in names}
+            for name in missing.keys() & set(names):
+                tensors[name] = missing.pop(name).to(tensors[name].dtype)
+            save_file(tensors, stack.enter_context(replaced(file, prefix=".weights-")), metadata=metadata)
+        if missing:
+            raise CheckpointError(
+                f"{folder} must hold every buffer of its routed layers; {next(iter(missing))} ({len(missing)} in all) "
+                "is not there. Save the model to another folder."
+            )
+
+
+def weight_files(directory: str | os.PathLike) -> list[Path]:
+    """Returns the safetensors files of a local full or delta checkpoint; none if there are none."""
+    folder = Path(directory)
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return [folder / name for name in (DELTA_NAME, SAFE_WEIGHTS_NAME) if (folder / name).exists()]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(
+            f"{file} must be a whole safetensors file; reading failed: {error}. Save it again."
+        ) from error
+
+
 def fill_from_delta(model: PreTrainedModel, directory: str | os.PathLike) -> None:
-    """Gives the added parameters of ``model`` the values of a delta checkpoint of the same layers.
+    """Gives the added parameters and buffers of ``model`` the values of a delta checkpoint of the same layers.
 
     Raises:
         CheckpointError: The delta is damaged, or describes other layers.
@@ -278,18 +348,18 @@ def fill_from_delta(model: PreTrainedModel, directory: str | os.PathLike) -> Non
 
 
 def fill_added(model: PreTrainedModel, name: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """Copies ``tensors`` into the added parameters of ``model``; names and shapes must be the same."""
-    parameters = dict(added_parameters(model))
-    if unequal := sorted(parameters.keys() ^ tensors.keys()):
+    """Copies ``tensors`` into the added parameters and buffers of ``model``; names and shapes must be the same."""
+    added = added_tensors(model)
+    if unequal := sorted(added.keys() ^ tensors.keys()):
         raise CheckpointError(
             f"{name} must hold exactly the added parameters that its config.json describes; {unequal[0]} "
             f"({len(unequal)} in all) is on one side only. The two files do not belong together."
         )
-    for key, parameter in parameters.items():
-        if parameter.shape != tensors[key].shape:
+    for key, value in added.items():
+        if value.shape != tensors[key].shape:
             raise CheckpointError(
-                f"{name}: {key} must have shape {tuple(parameter.shape)}; got {tuple(tensors[key].shape)}. "
+                f"{name}: {key} must have shape {tuple(value.shape)}; got {tuple(tensors[key].shape)}. "
                 "Its config.json and its delta do not belong together."
             )
         with torch.no_grad():
-            parameter.copy_(tensors[key])
+            value.copy_(tensors[key])

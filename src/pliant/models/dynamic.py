@@ -1,23 +1,25 @@
 """What every pliant model can do beyond its base: switch the change off, report it, save and load it."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, initialization
 
-from pliant.architectures import AddedModule, added_parameters
+from pliant.architectures import AddedModule, RoutedLayer, added_parameters
 from pliant.errors import CheckpointError, ConfigError
 from pliant.models import checkpoint as files
 from pliant.models import ledger_file
 from pliant.models.consolidate_weights import Positions, consolidate_weights
 from pliant.models.ledger import Ledger
 from pliant.models.report import ModelReport, record
+from pliant.models.routed_cache import prepare_cache, token_documents
 from pliant.models.selection import Layers, select_layers
 from pliant.models.spec import PliantSpec
 
@@ -73,7 +75,7 @@ def with_readout(forward: Callable[..., Any]) -> Callable[..., Any]:
 class _StartValues(_Base):
     """Gives added modules their own start; mixed into the inner model and the LM, since each starts its own."""
 
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"plastic"}
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"plastic", "router", "prior"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -83,11 +85,19 @@ class _StartValues(_Base):
             super()._init_weights(module)
 
 
+def follow_thresholds(layers: Iterable[RoutedLayer]) -> None:
+    """Lets the threshold of each routed layer follow the scores of its last training batch, if it has not yet."""
+    for layer in layers:
+        if layer.routes:
+            layer.router.follow()
+
+
 class DynamicModel(_StartValues):
     """Inner model of a pliant family: the base's, with the layers that ``config.pliant`` names replaced."""
 
     layers: nn.ModuleList
     dynamic_layer: Callable[[str], type[nn.Module]]
+    gradient_checkpointing: bool
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -96,10 +106,52 @@ class DynamicModel(_StartValues):
         layer_class = self.dynamic_layer(spec.architecture)
         for index, layer_config in spec.layers.items():
             self.layers[index] = layer_class(config, index, layer_config)
+        self.connect_layers()
         if spec.layers:
             self.post_init()
         # FSDP looks for every class that is named here, and raises for one that no layer has.
         self._no_split_modules = {type(layer).__name__ for layer in self.layers}
+
+    def connect_layers(self) -> None:
+        """Shows the layers that look at another one the layers there are."""
+        for layer in self.layers:
+            if isinstance(layer, RoutedLayer):
+                layer.connect(self.layers)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's forward; routed layers learn which tokens count, and get a cache of their own."""
+        routed = [layer for layer in self.layers if isinstance(layer, RoutedLayer) and layer.active]
+        if routed:
+            follow_thresholds(routed)
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            if self.gradient_checkpointing and self.training:
+                use_cache, past_key_values = False, None
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            if past_key_values is not None:
+                prepare_cache(
+                    past_key_values, [layer.layer_idx for layer in routed if layer.keeps_keys], len(self.layers)
+                )
+            given: Any = inputs_embeds if input_ids is None else input_ids
+            kwargs["token_documents"] = token_documents(attention_mask, position_ids, past_key_values, given.shape[1])
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class DynamicCausalLM(_StartValues):
@@ -151,6 +203,24 @@ class DynamicCausalLM(_StartValues):
             raise ConfigError(f"layers must be converted ones ({list(converted)}); got {missing}. Convert them first.")
         for index in wanted:
             converted[index].active = active
+
+    @property
+    def routed_layers(self) -> Mapping[int, RoutedLayer]:
+        """The layers that only some tokens enter, by index."""
+        return {i: layer for i, layer in self.dynamic_layers.items() if isinstance(layer, RoutedLayer) and layer.routes}
+
+    def set_routing(self, **fields: Any) -> None:
+        """Changes fields of the configuration of every routed layer, such as ``capacity_gamma`` and ``gate_share``.
+
+        Thresholds stay as they are: ``pliant.calibrate`` sets them for a capacity.
+
+        Raises:
+            ConfigError: A value is outside its rule; nothing is changed.
+        """
+        changed = {index: replace(layer.layer_config, **fields) for index, layer in self.routed_layers.items()}
+        for index, layer_config in changed.items():
+            self.model.layers[index].layer_config = layer_config
+        self.config.pliant = replace(self.spec, layers={**self.spec.layers, **changed}).to_dict()
 
     @contextmanager
     def base_mode(self) -> Iterator["DynamicCausalLM"]:

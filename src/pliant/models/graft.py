@@ -50,6 +50,7 @@ def install(model: PreTrainedModel, target: type[PreTrainedModel], spec: PliantS
         inner.layers[index] = layer
     for old, new in ((inner, new_inner), (model, skeleton)):
         _adopt(old, new)
+    inner.connect_layers()
     old_config = {id(model.config), id(inner.config)}
     for module in model.modules():
         if id(vars(module).get("config")) in old_config:

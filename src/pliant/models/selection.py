@@ -1,4 +1,4 @@
-"""Which layers a call means: ``"all"``, ``"upper_half"``, ``"lower_half"``, ``"8-15"``, a list."""
+"""Which layers a call means: ``"all"``, ``"alternate"``, ``"upper_half"``, ``"lower_half"``, ``"8-15"``, a list."""
 
 from collections.abc import Iterable
 
@@ -8,14 +8,15 @@ from pliant.errors import ConversionError
 Layers = str | int | Iterable[int]
 
 NAMED = ("all", "upper_half", "lower_half")
+ALTERNATE = "alternate"
 
 
 def select_layers(layers: Layers, num_layers: int) -> list[int]:
     """Returns the sorted indices that ``layers`` names.
 
     Args:
-        layers: ``"all"``, ``"upper_half"``, ``"lower_half"``, an inclusive range such as ``"8-15"``, one index
-            (``12`` or ``"12"``), several of these joined by commas, or an iterable of indices.
+        layers: ``"all"``, ``"upper_half"``, ``"lower_half"``, ``"alternate"`` (1, 3, 5, …), an inclusive range such
+            as ``"8-15"``, one index (``12`` or ``"12"``), several of these joined by commas, or an iterable of indices.
         num_layers: How many layers the model has.
 
     Raises:
@@ -46,6 +47,8 @@ def _parse(text: str, num_layers: int) -> list[int]:
         return list(range(num_layers // 2, num_layers))
     if text == "lower_half":
         return list(range(num_layers // 2))
+    if text == ALTERNATE:
+        return list(range(1, num_layers, 2))
     first, dash, last = text.partition("-")
     if first.isdecimal() and not dash:
         return [int(first)]
@@ -54,6 +57,6 @@ def _parse(text: str, num_layers: int) -> list[int]:
             raise ConversionError(f"layers must run upwards; got {text!r}. Write '{last}-{first}'.")
         return list(range(int(first), int(last) + 1))
     raise ConversionError(
-        f"layers must be one of {', '.join(NAMED)}, a range such as '8-15', an index or a list; got {text!r}."
-        f"{nearest(text, NAMED)}"
+        f"layers must be one of {', '.join(NAMED)}, a range such as '8-15', alternate (1, 3, 5, …), an index or a "
+        f"list; got {text!r}.{nearest(text, (*NAMED, ALTERNATE))}"
     )

@@ -14,6 +14,11 @@ from pliant.errors import CheckpointError, ConfigError, ConversionError
 FORMAT_VERSION = 1
 
 
+def architecture_of(config: Any) -> str | None:
+    """Returns the name in ``ARCHITECTURES`` of a layer's configuration; ``None`` for anything else."""
+    return next((name for name, row in ARCHITECTURES.items() if row.config is type(config)), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PliantSpec:
     """The ``pliant`` entry of a configuration, parsed.

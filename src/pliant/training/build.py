@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from pliant.config import RunConfig
 from pliant.conversion import convert
+from pliant.conversion.routed import CALIBRATION_TOKENS as ROUTED_TOKENS
 from pliant.data import calibration_tokens, read_text, token_windows
 from pliant.errors import CheckpointError, ConfigError, DataError
 from pliant.models import DynamicCausalLM, PliantSpec, fresh, load, resolve_base
@@ -21,8 +23,8 @@ from pliant.training.plan import is_sharded
 FLASH_ATTENTION = "flash_attention_2"
 START = "start"
 """Folder in the run's for the converted model that adapters are trained on."""
-PLASTIC = "plastic"
-"""What NPT layers call their modulation; peft must train and save it whole."""
+ADDED = ("plastic", "router", "prior")
+"""What dynamic layers call what they add; peft must train and save it whole."""
 
 
 def build_model(config: RunConfig, resume_from: Path | None = None) -> tuple[Any, DynamicCausalLM | None]:
@@ -120,26 +122,35 @@ def _start(config: RunConfig) -> DynamicCausalLM:
         ).to(_device())
     else:
         model = _load(config, options.checkpoint_path or options.base_model_name)
-    if config.model_type == "npt" and options.checkpoint_path is None:
+    if config.model_type != "dense" and options.checkpoint_path is None:
         _convert(model, config)
     return model
 
 
 def _convert(model: DynamicCausalLM, config: RunConfig) -> None:
-    options, layers = config.model, config.model.layer_selection
-    form = None if isinstance(layers, dict) else options.npt
-    forms = [form] if form is not None else layers.values()
-    calibration = None
-    if any(each.has_closed_form for each in forms):
-        tokenizer, num_tokens = tokenizer_for(config), options.calibration_tokens
-        if options.calibration is None:
-            calibration = calibration_tokens(tokenizer, num_tokens=num_tokens)
-        else:
-            calibration = token_windows(read_text(options.calibration), tokenizer, num_tokens=num_tokens)
-    convert(model, form, layers=layers, calibration=calibration)
+    options = config.model
+    if config.is_routed:
+        chosen: Any = options.routed(config.model_type)
+        needs_text, selection = chosen.capacity_gamma < 1, options.routed_selection
+    else:
+        selection = options.layer_selection
+        chosen = None if isinstance(selection, dict) else options.npt
+        forms = [chosen] if chosen is not None else selection.values()
+        needs_text = any(form.has_closed_form for form in forms)
+    most = ROUTED_TOKENS if config.is_routed else options.calibration_tokens
+    calibration = _calibration(config, min(most, options.calibration_tokens)) if needs_text else None
+    convert(model, chosen, layers=selection, calibration=calibration)
     if PartialState().num_processes > 1:  # eigenvectors differ between machines, and FSDP takes a shard from each
         for _, parameter in model.dynamic_parameters():
             parameter.data.copy_(broadcast(parameter.data.to(_device())))
+
+
+def _calibration(config: RunConfig, num_tokens: int) -> Tensor:
+    """Token windows for closed forms and thresholds."""
+    tokenizer = tokenizer_for(config)
+    if config.model.calibration is None:
+        return calibration_tokens(tokenizer, num_tokens=num_tokens)
+    return token_windows(read_text(config.model.calibration), tokenizer, num_tokens=num_tokens)
 
 
 def _load(config: RunConfig, name: str) -> DynamicCausalLM:
@@ -208,9 +219,15 @@ def _adapted(config: RunConfig, *, resumed: bool) -> Any:
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
         target_modules=list(training.lora_targets),
-        modules_to_save=[PLASTIC] if converted else None,
+        modules_to_save=_added_modules(model) or None,
     )
     return get_peft_model(model, lora)
+
+
+def _added_modules(model: DynamicCausalLM) -> list[str]:
+    """The names, among those of the layers' children, of what conversion added."""
+    present = {name for layer in model.dynamic_layers.values() for name, _ in layer.named_children()}
+    return [name for name in ADDED if name in present]
 
 
 def _save_start(model: DynamicCausalLM, output_dir: str) -> None:

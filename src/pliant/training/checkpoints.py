@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from pliant.architectures.base import added_buffers
 from pliant.errors import CheckpointError
 from pliant.models.checkpoint import DELTA_NAME, fill_from_delta
 
@@ -146,17 +147,17 @@ def restore(model: Any, checkpoint: str | os.PathLike) -> None:
         raise CheckpointError(
             f"{folder} must hold whole safetensors files; reading one failed: {error}. Resume from an older checkpoint."
         ) from error
-    names = {name for name, _ in model.named_parameters()}  # tied weights are there once
-    if unequal := sorted(names ^ tensors.keys()):
+    own = dict(model.named_parameters()) | dict(added_buffers(model))  # tied weights are there once
+    if unequal := sorted(own.keys() ^ tensors.keys()):
         raise CheckpointError(
-            f"{folder} must hold exactly the parameters of the model; {unequal[0]} ({len(unequal)} in all) is on one "
+            f"{folder} must hold exactly the tensors of the model; {unequal[0]} ({len(unequal)} in all) is on one "
             "side only. It belongs to another run."
         )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.shape != tensors[name].shape:
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
                 raise CheckpointError(
-                    f"{folder}: {name} must have shape {tuple(parameter.shape)}; got {tuple(tensors[name].shape)}. It "
+                    f"{folder}: {name} must have shape {tuple(tensor.shape)}; got {tuple(tensors[name].shape)}. It "
                     "belongs to another run."
                 )
-            parameter.copy_(tensors[name])
+            tensor.copy_(tensors[name])

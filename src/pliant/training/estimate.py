@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from pliant.architectures import NptConfig
+from pliant.architectures.base import AddedModule, LayerConfig
 from pliant.config import ModelConfig, RunConfig
+from pliant.conversion.routed import with_partners
 from pliant.conversion.summary import BF16_BYTES, FP32_BYTES, NF4_BITS
 from pliant.errors import CheckpointError, ConfigError, ConversionError
 from pliant.models import SHAPES, PliantSpec, family_of, fresh_config, resolve_base, select_layers, shape_config
@@ -38,6 +40,7 @@ class ModelPlan:
         family: Base family; ``None`` where the configuration of the base is out of reach.
         num_layers: Decoder layers.
         layers: The converted ones, with their forms.
+        components: What their added parameters are called.
         parameters: Of the base, of the conversion and of LoRA adapters together.
         trainable: Those that get a gradient.
         is_upper_bound: A rank is still ``auto``: calibration text settles it, the counts are those of full rank.
@@ -47,7 +50,8 @@ class ModelPlan:
     name: str
     family: str | None = None
     num_layers: int | None = None
-    layers: Mapping[int, NptConfig]
+    layers: Mapping[int, LayerConfig]
+    components: frozenset[str] = frozenset()
     parameters: int | None = None
     trainable: int | None = None
     is_upper_bound: bool = False
@@ -88,8 +92,12 @@ def plan_model(config: RunConfig) -> tuple[ModelPlan, list[MemoryLine]]:
     except ConversionError as error:
         raise ConfigError(f"model.base_model_name={name!r}: the base's {error}") from error
     layers = _layers(config, base)
-    settled: dict[int, Any] = {i: f.with_rank(base.hidden_size) if f.rank == "auto" else f for i, f in layers.items()}
-    spec = PliantSpec(architecture="npt", layers=settled) if layers else PliantSpec()
+    is_upper_bound = any(getattr(form, "rank", None) == "auto" for form in layers.values())
+    settled: dict[int, Any] = {
+        i: f.with_rank(base.hidden_size) if isinstance(f, NptConfig) and f.rank == "auto" else f
+        for i, f in layers.items()
+    }
+    spec = PliantSpec(architecture=config.model_type, layers=settled) if layers else PliantSpec()
     if model.quantization == "int8":
         try:
             spec.check_quantisation({"load_in_8bit": True})
@@ -103,9 +111,10 @@ def plan_model(config: RunConfig) -> tuple[ModelPlan, list[MemoryLine]]:
         family=family.name,
         num_layers=base.num_hidden_layers,
         layers=layers,
+        components=frozenset(m.component for m in built.modules() if isinstance(m, AddedModule)),
         parameters=counts.base + counts.added + counts.adapters,
         trainable=counts.trainable,
-        is_upper_bound=any(form.rank == "auto" for form in layers.values()),
+        is_upper_bound=is_upper_bound,
     )
     return plan, _memory(config, built.config, counts)
 
@@ -205,25 +214,30 @@ def _read_config(name: str, key: str) -> PreTrainedConfig | None:
         raise CheckpointError(f"{key}={name!r} must be a model on the hub that you may read: {error}") from error
 
 
-def _layers(config: RunConfig, base: PreTrainedConfig) -> dict[int, NptConfig]:
+def _layers(config: RunConfig, base: PreTrainedConfig) -> Mapping[int, LayerConfig]:
     """Returns the dynamic layers of the model that is trained, with their forms."""
-    model = config.model
-    own: Any = dict(PliantSpec.of(base).layers)
+    model, spec = config.model, PliantSpec.of(base)
     if model.checkpoint_path is not None:
-        if bool(own) != (config.model_type == "npt"):
-            kind, other = ("npt", "") if own else ("dense", ", or convert it: name the folder in model.base_model_name")
+        if spec.architecture != config.model_type:
+            other = ", or convert it: name the folder in model.base_model_name" if not spec.layers else ""
             raise ConfigError(
-                f"model.checkpoint_path={model.checkpoint_path!r} holds a model of model_type={kind}; got model_type="
-                f"{config.model_type}. Set model_type={kind}{other}."
+                f"model.checkpoint_path={model.checkpoint_path!r} holds a model of model_type={spec.architecture}; got "
+                f"model_type={config.model_type}. Set model_type={spec.architecture}{other}."
             )
-        return own
+        return spec.layers
     if config.model_type == "dense":
         return {}
-    if own:
+    if spec.layers:
         raise ConfigError(
             f"model.base_model_name={model.base_model_name!r} is converted already. Name it in "
             "model.checkpoint_path to go on from it."
         )
+    if config.is_routed:
+        chosen = dict.fromkeys(_select(model.routed_selection, base.num_hidden_layers), model.routed(config.model_type))
+        try:
+            return with_partners(chosen)
+        except ConversionError as error:
+            raise ConfigError(f"model.{error}") from error
     forms = layer_forms(model, base.num_hidden_layers)
     width = base.hidden_size
     for index, form in forms.items():

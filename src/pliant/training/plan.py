@@ -230,16 +230,21 @@ def _warnings(config: RunConfig, model: ModelPlan) -> list[str]:
             f"training.warmup_steps={training.warmup_steps} is all of training.max_steps={training.max_steps}: the "
             "learning rate never reaches training.lr."
         )
-    idle = [name for name in ("router", "prior") if getattr(training.lr_multipliers, name) != 1.0]
-    if idle:
+    idle = [
+        name
+        for name in ("router", "prior")
+        if getattr(training.lr_multipliers, name) != 1.0 and name not in model.components
+    ]
+    if idle and not (model.not_checked and config.is_routed):
         found.append(
             f"training.lr_multipliers.{' and '.join(idle)}: model_type={config.model_type} has no such component; "
             "without effect."
         )
-    found += _of_the_checkpoint(config.model, model.layers.values())
+    plastic = [form for form in model.layers.values() if isinstance(form, NptConfig)]
+    found += _of_the_checkpoint(config.model, plastic)
     if training.stages != "auto" and training.objective != "equivalence":
         found.append(f"training.stages belongs to equivalence; without effect on {training.objective}.")
-    keyed = [form for form in model.layers.values() if form.has_closed_form]
+    keyed = [form for form in plastic if form.has_closed_form]
     if training.use_regularization and keyed and training.objective == "equivalence":
         found.append("training.use_regularization=true pulls keyed layers away from their closed form, and the base.")
     return found

@@ -27,7 +27,14 @@ from pliant.models import DynamicCausalLM
 from pliant.statistics import evaluating
 from pliant.training import checkpoints
 from pliant.training.build import can_save_delta
-from pliant.training.callbacks import FiniteGuard, modulation_norms
+from pliant.training.callbacks import (
+    FiniteGuard,
+    modulation_norms,
+    route_by,
+    routing_at,
+    routing_shares,
+    routing_sums,
+)
 from pliant.training.meter import Meter
 from pliant.training.objectives import OBJECTIVES, Student, evaluation_scores
 from pliant.training.optim import Stage, parameter_groups, schedule, stage_at
@@ -115,8 +122,10 @@ class PliantTrainer(Trainer):
         if self._open_report is not None:
             mask = predicted(batch["labels"])
             penalty = self._open_report.regulariser(mask) * positions
-            loss = loss + self.run.training.regularization_lambda * penalty
-            sums["regulariser"] = penalty.detach()
+            weight = 1.0 if self.run.is_routed else self.run.training.regularization_lambda
+            loss = loss + weight * penalty
+            sums["router_loss" if self.run.is_routed else "regulariser"] = penalty.detach()
+            sums |= routing_sums(self.dynamic, self._open_report.layers, mask)
         self.meter.add({**sums, "loss": loss.detach()}, positions)
         loss = loss * (self.accelerator.num_processes * self.current_gradient_accumulation_steps / self._items)
         return (loss, None) if return_outputs else loss
@@ -137,7 +146,9 @@ class PliantTrainer(Trainer):
         )
 
     def _report(self) -> AbstractContextManager[Any]:
-        return self.dynamic.report() if self.run.training.use_regularization else nullcontext()
+        """Of what the losses or the log need; the losses of routers are always among them."""
+        needed = self.run.training.use_regularization or self.run.is_routed
+        return self.dynamic.report() if needed else nullcontext()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         step = self.state.global_step + 1
@@ -172,6 +183,11 @@ class PliantTrainer(Trainer):
         if not is_first:
             self.optimizer.state.clear()
 
+    def route(self, step: int) -> None:
+        """Routes tokens as the schedules say for optimizer step ``step``."""
+        if self.run.is_routed:
+            route_by(self.dynamic, routing_at(self.run, step, self.state.max_steps))
+
     # What is measured
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
@@ -187,7 +203,9 @@ class PliantTrainer(Trainer):
             metrics |= {"eval_base_perplexity": base, "eval_ratio": metrics["eval_perplexity"] / base}
             metrics |= {"eval_kl": means["kl"], "eval_agreement": means["agreement"]}
         if self.probe is not None and not self.is_fsdp_enabled:
-            metrics |= modulation_norms(self.dynamic, self.probe.to(self.accelerator.device))
+            probe = self.probe.to(self.accelerator.device)
+            metrics |= modulation_norms(self.dynamic, probe)
+            metrics |= routing_shares(self.dynamic, probe, self.state.global_step)
         metrics["eval_seconds"] = time.monotonic() - started
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -323,6 +341,7 @@ class _RunEvents(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         trainer.enter_stage(stage_at(trainer.stages, state.global_step), is_first=True)
+        trainer.route(state.global_step)
         if state.global_step:
             folder = trainer.folder / f"checkpoint-{state.global_step}"
             trainer.meter.load(
@@ -339,6 +358,7 @@ class _RunEvents(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         training, step = self.trainer.run.training, state.global_step
+        self.trainer.route(step)
         is_last = step >= state.max_steps
         control.should_evaluate |= is_last or (training.eval_steps is not None and step % training.eval_steps == 0)
         control.should_save |= is_last or (training.save_steps is not None and step % training.save_steps == 0)

@@ -156,7 +156,7 @@ LINE = '{"context": "x", '
         ((*CONTEXT, "--alpha", "nan"), "alpha must be above 0", 1),
         ((*CONTEXT, "--kl-budget", "0"), "kl_budget must be above 0", 1),
         ((*CONTEXT, "--layers", "9"), "0..3", 1),
-        ((*CONTEXT, "--layers", "0,1"), "layers must name at most one layer of the lower half", 1),
+        ((*CONTEXT, "--layers", "0,0"), "layers must name each layer once", 1),
         (("-c", "   "), "context must be a text that is not empty", 1),
         ((*CONTEXT, "-q", " "), "queries must be texts that are not empty", 1),
         ((*CONTEXT, "-q", "The robot is", "--answer", " "), "answer must be a text that is not empty", 1),

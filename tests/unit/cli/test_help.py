@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-VERBS = ("demo", "convert", "train", "info", "generate", "chat", "consolidate", "inject", "evaluate")
+VERBS = (
+    *("demo", "convert", "calibrate", "train", "info", "generate", "chat", "routes"),
+    *("consolidate", "inject", "evaluate"),
+)
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

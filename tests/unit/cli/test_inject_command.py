@@ -131,7 +131,7 @@ def test_strength_and_layers_are_shown_and_used(session, capsys):
     capsys.readouterr()
     session.handle("layers auto")
     session.handle("strength")
-    assert capsys.readouterr().out.splitlines() == ["layers 0, 2, 3", "strength 0.02"]
+    assert capsys.readouterr().out.splitlines() == ["layers 0, 3", "strength 0.02"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_strength_and_layers_are_shown_and_used(session, capsys):
         ("strength 0", "alpha must be above 0"),
         ("strength nan", "alpha must be above 0"),
         ("layers 9", "layers must be"),
-        ("layers 0,1", "layers must name at most one layer of the lower half"),
+        ("layers 0,0", "layers must name each layer once"),
         ("layers nowhere", "layers"),
         ("save", "save must be given a folder"),
         ("save {full}", "save must be a new or an empty folder"),

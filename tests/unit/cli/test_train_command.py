@@ -188,7 +188,7 @@ def test_a_sweep_can_be_planned(run, trained, tiny, folder, monkeypatch):
         (("training.lr=x",), ("training.lr", "number")),
         (("training.lr=1,2",), ("--multirun",)),
         (("training.batch_size=0",), ("training.batch_size",)),
-        (("model_type=dtf",), ("not available yet",)),
+        (("model_type=dtff",), ("model_type", "dtf")),
         (("--config-name", "readm"), ("'readme'",)),
         (("--config-dir", "nowhere"), ("nowhere",)),
         (("--adapter_rank", "16"), ("--adapter_rank", "model.adapter_rank", "coming-from.md")),

@@ -128,9 +128,10 @@ def test_two_weights_of_a_mixture():
         ("zzz=1", ("zzz", "--cfg job")),
         ("data={dataset_nam: x}", ("data.dataset_nam", "data.dataset_name")),
         ("model=3", ("model", "section")),
-        ("model.capacity_gamma=0.5", ("model.capacity_gamma", "not available yet")),
+        ("model.capacity_gamma=0.5", ("model.capacity_gamma", "model_type mod, dtf or stt", "null")),
+        ("model.capacity_gama=0.5", ("model.capacity_gama", "model.capacity_gamma?")),
         ("model.consolidation_alpha=0.1", ("must be left out of training", "pliant consolidate --alpha")),
-        ("model_type=dtf", ("model_type", "'dtf'", "not available yet")),
+        ("model_type=dft", ("model_type", "'dft'", "dtf")),
         ("training.lr=abc", ("training.lr", "a number", "abc")),
         ("training.lr=null", ("training.lr", "a number")),
         ("training.batch_size=1.5", ("training.batch_size", "an integer", "1.5")),
@@ -156,6 +157,45 @@ def test_what_is_wrong_in_an_override_is_named(override, words):
     message = str(raised.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+def test_options_of_routed_depth_arrive():
+    options = {"capacity_gamma": 0.25, "beta_ce_init": -0.5, "beta_cu_init": -0.75, "prior_loss_weight": 0.1}
+    config = compose("base", ["model_type=dtf", *(f"model.{name}={value}" for name, value in options.items())])
+    assert config.model_type == "dtf"
+    assert config.is_routed
+    assert config != compose("base", ["model_type=dtf"])
+    assert {name: getattr(config.model, name) for name in options} == options
+    layer = config.model.routed("dtf")
+    assert {name: getattr(layer, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settled"),
+    [("dtf", "dtf"), ("sdt", "dtf"), ("mod", "mod"), ("stt", "stt")],
+)
+def test_routed_architectures_compose(model_type, settled):
+    config = compose("base", [f"model_type={model_type}", "model.capacity_gamma=0.5"])
+    assert (config.model_type, config.is_routed, config.model.capacity_gamma) == (settled, True, 0.5)
+    assert not compose("base").is_routed
+
+
+def test_a_file_with_routed_depth_resolves(folder):
+    write(folder / "mine.yaml", "model_type: dtf\nmodel:\n  capacity_gamma: 0.5\n  beta_ce_init: -0.3\n")
+    model = compose("mine").model
+    assert (model.capacity_gamma, model.beta_ce_init, model.beta_cu_init) == (0.5, -0.3, None)
+
+
+def test_recipes_of_routed_depth_say_what_they_are_for():
+    attention, scratch = compose("mod_attention"), compose("mod_scratch")
+    assert (attention.model.granularity, attention.model.capacity_gamma) == ("attention", 0.75)
+    assert (scratch.model.capacity_gamma, scratch.model.gate, scratch.model.gate_share) == (0.125, "raw", 1.0)
+    for name in ("dtf_transfer", "dtf_scratch", "stt_transfer"):
+        config = compose(name)
+        assert (config.model_type, config.model.capacity_gamma) == (name.partition("_")[0], 0.5)
+        assert (config.training.lr_multipliers.router, config.training.lr_multipliers.prior) == (10.0, 10.0)
+    for name in ("mod_attention", "dtf_transfer", "stt_transfer"):
+        assert (compose(name).training.objective, compose(name).training.trainable) == ("equivalence", "all")
 
 
 def test_the_nearest_key_is_a_key():
@@ -202,7 +242,8 @@ def test_a_folder_of_the_users_does_not_hide_recipes(folder):
     [
         ("training:\n  learning_rate: 1\n", ("mine.yaml", "training.learning_rate", "training.lr")),
         ("modl:\n  preset: v2\n", ("mine.yaml", "modl")),
-        ("model:\n  capacity_gamma: 0.5\n", ("mine.yaml", "model.capacity_gamma", "not available yet")),
+        ("model:\n  capacity_gamma: 0.5\n", ("model.capacity_gamma", "model_type mod, dtf or stt", "null")),
+        ("model:\n  capacity_gama: 0.5\n", ("mine.yaml", "model.capacity_gama", "model.capacity_gamma")),
         ("training:\n  lr: high\n", ("training.lr", "a number", "high")),
         ("training:\n  batch_size: 0\n", ("training.batch_size", "at least 1")),
         ("training: [\n", ("mine.yaml", "YAML")),

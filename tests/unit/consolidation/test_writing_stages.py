@@ -14,9 +14,10 @@ from pliant.consolidation.stages import (
     AnswerGoal,
     ContextGoal,
     Problem,
+    SubjectGoal,
     SubjectStage,
     context_places,
-    write_answers,
+    write_layers,
 )
 from pliant.consolidation.writers import WriteSettings, write
 from pliant.key_moments import KeyMoments, key_moments
@@ -81,20 +82,54 @@ def test_the_stages_log_probability_is_that_of_the_model(layer: int, model: Any,
         torch.testing.assert_close(stage.log_p(values)[:2], torch.tensor(by_fact), rtol=1e-4, atol=1e-4)
 
 
-def test_keys_and_states_are_means_over_a_facts_rows(model: Any, problem: Problem):
+def test_a_subject_is_one_key_the_mean_over_its_rows(
+    model: Any, problem: Problem, moments: dict[int, KeyMoments], monkeypatch: pytest.MonkeyPatch
+):
     stage = SubjectStage(model, problem, 1, 0)
     assert stage.named.tolist() == [True, True, False]
-    assert not stage.keys[2].any()
+    assert not stage.state[2].any()
     seen: list[Tensor] = []
     hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
     for row in problem.rows[:3]:
         model(torch.tensor([row.ids]))
     hook.remove()
-    keys = [some[row.subject] for some, row in zip(seen, problem.rows, strict=False)]
-    torch.testing.assert_close(stage.keys[0], (keys[0] + keys[1]) / 2, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(stage.keys[1], keys[2], rtol=1e-4, atol=1e-5)
-    assert stage.contrast is not None
-    assert stage.contrast.shape == (4, 48)
+    expected = [some[row.subject] for some, row in zip(seen, problem.rows, strict=False)]
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        stages, "write", lambda *args, **options: calls.append((*args, options)) or write(*args, **options)
+    )
+    named = problem.with_subjects()
+    assert named.facts == 2
+    written(model, named, [1], SubjectGoal(named, directions(facts=2)), moments)
+    _, keys, residuals, contrast, _, options = calls[0]
+    torch.testing.assert_close(keys[0], (expected[0] + expected[1]) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(keys[1], expected[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(residuals, directions(facts=2), rtol=1e-4, atol=1e-4)
+    assert contrast is not None
+    assert contrast.shape == (4, 48)
+    assert options == {"facts": 2}
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+def test_subjects_move_by_what_is_written(
+    layers: list[int], model: Any, problem: Problem, moments: dict[int, KeyMoments]
+):
+    part = problem.part(1, 2)
+    goal, value = SubjectGoal(part, directions(facts=1)), directions(facts=1)
+    before = SubjectStage(model, part, 1, 0).state
+    deltas = written(model, part, layers, goal, moments, writer="normalised")
+    assert list(deltas) == [down_proj(layer) for layer in layers]
+    with trial(model, deltas):
+        after = SubjectStage(model, part, 1, 0).state
+    torch.testing.assert_close(after, before + value, rtol=1e-3, atol=1e-3)
+
+
+def test_facts_without_a_subject_are_left_out_and_the_others_counted_anew(problem: Problem):
+    rows = [problem.rows[3], *problem.rows[:3]]
+    moved = Problem(rows=[*rows[1:], rows[0]], contrast=problem.contrast, facts=3).part(1, 3).with_subjects()
+    assert [row.fact for row in moved.rows] == [0]
+    assert moved.facts == 1
+    assert not moved.contrast
 
 
 def test_the_strongest_change_is_the_likeliest_that_was_tried(model: Any, problem: Problem):
@@ -155,8 +190,8 @@ def test_a_search_that_is_written_holds(model: Any, problem: Problem, moments: d
     part = problem.part(1, 2)
     stage = SubjectStage(model, part, 0, 0)
     value = stage.search(torch.zeros(1, 32), torch.tensor([True]))
-    delta = write(WriteSettings(writer="normalised"), stage.keys, value, None, moments[0])
-    with trial(model, {down_proj(0): delta}):
+    deltas = written(model, part, [0], SubjectGoal(part, value), moments, writer="normalised")
+    with trial(model, deltas):
         now = SubjectStage(model, part, 0, 0)
         torch.testing.assert_close(now.state, stage.state + value, rtol=1e-3, atol=1e-3)
         assert plain_log_p(model, part.rows[0]) > float(stage.log_p(torch.zeros(1, 32))) + 1
@@ -175,7 +210,7 @@ def greedy_answers(model: Any, rows: Any) -> list[bool]:
 def written(
     model: Any, problem: Problem, layers: list[int], goal: AnswerGoal, moments: Any, given: Any = None, **settings: Any
 ) -> dict[str, Any]:
-    return write_answers(model, problem, layers, goal, WriteSettings(**settings), moments, given or {}, 0)
+    return write_layers(model, problem, layers, goal, WriteSettings(**settings), moments, given or {}, 0)
 
 
 @pytest.mark.parametrize("layers", [[LAST], [1, LAST]])

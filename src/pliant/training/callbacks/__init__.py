@@ -2,8 +2,9 @@
 
 from pliant.training.callbacks.finite import FiniteGuard
 from pliant.training.callbacks.metrics_file import MetricsFile
-from pliant.training.callbacks.norms import modulation_norms
+from pliant.training.callbacks.norms import modulation_norms, routing_shares
 from pliant.training.callbacks.progress import RunProgress
+from pliant.training.callbacks.routing import route_by, routing_at, routing_sums
 from pliant.training.callbacks.samples import GenerationSamples
 from pliant.training.callbacks.signals import StopSignals
 
@@ -14,4 +15,8 @@ __all__ = [
     "RunProgress",
     "StopSignals",
     "modulation_norms",
+    "route_by",
+    "routing_at",
+    "routing_shares",
+    "routing_sums",
 ]

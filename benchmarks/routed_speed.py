@@ -1,0 +1,234 @@
+"""Claim: how much of the work that routed layers skip is saved as time, in a training step, prefill and decode.
+
+Every other layer of the base is routed; each round times the routed model and the same model in base mode back to back,
+in random order. `realised` is the share of the saved FLOPs (prefill, training) or of the saved weight traffic (decode
+of one row) that shows as time: (1 − time ratio) / (1 − work ratio). Thresholds are calibrated on the very tokens that
+are read, so that the share that runs is the one asked for; decoding feeds the tokens of a text one by one, and counts
+what ran. Keys and values are counted in bytes, as they lie in the cache.
+
+Usage: python benchmarks/routed_speed.py [--phases prefill train decode] [--rounds 8] [--dtype float32]
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from record import RESULTS, environment, save
+from transformers import AutoTokenizer, DynamicCache
+
+import pliant
+from pliant.data import calibration_tokens
+
+NAME = "routed-speed"
+CONFIGS = {"mod": pliant.ModConfig, "dtf": pliant.DtfConfig, "stt": pliant.SttConfig}
+CAPACITIES = (0.5, 0.125)
+LENGTHS = (1024, 4096)
+DECODE_STEPS = 32
+PHASES = {"prefill": tuple(CONFIGS), "train": ("mod", "dtf"), "decode": tuple(CONFIGS)}
+"""STT's training runs every block anyway, once as the teacher."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phases", nargs="*", default=list(PHASES), choices=list(PHASES))
+    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    random.seed(0)
+    rows = []
+    for phase in arguments.phases:
+        for architecture in PHASES[phase]:
+            for capacity in CAPACITIES:
+                for length in arguments.lengths:
+                    rows += list(measure(arguments, phase, architecture, capacity, length))
+                    print(rows[-1], flush=True)
+    name = f"{NAME}-{torch.device(arguments.device).type}-{arguments.dtype}"
+    file = RESULTS / f"{name}.json"
+    kept = [] if not file.exists() else [row for row in _read(file) if row["phase"] not in arguments.phases]
+    save(name, {"environment": environment(arguments.device), "rounds": arguments.rounds, "rows": kept + rows})
+
+
+def _read(file: Any) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["rows"]
+
+
+def measure(
+    arguments: argparse.Namespace, phase: str, architecture: str, capacity: float, length: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the figures of one setting, of one and of eight rows where tokens are decoded."""
+    tokens = _tokens(length)
+    model: Any = pliant.load("smollm2-135m", dtype=getattr(torch, arguments.dtype)).to(arguments.device).eval()
+    pliant.convert(model, CONFIGS[architecture](capacity_gamma=1.0))
+    pliant.calibrate(model, capacity, calibration=tokens)
+    for batch in (1, 8) if phase == "decode" else (1,):
+        ids = tokens[:1].repeat(batch, 1).to(arguments.device)
+        run, share = {"prefill": prefill, "train": train, "decode": decode}[phase](model, ids)
+        times = paired(run, model, arguments.rounds)
+        work = weight_traffic(model, share) if phase == "decode" else flops(model, length, share)
+        found = {
+            "phase": phase,
+            "architecture": architecture,
+            "capacity": capacity,
+            "measured_capacity": statistics.mean(share.values()),
+            "tokens": length,
+            "batch": batch,
+            **times,
+            "work_ratio": work,
+            "realised": (1 - times["ratio"]) / (1 - work),
+        }
+        if phase == "decode":
+            found |= cache_bytes(model, ids)
+        yield found
+
+
+def _tokens(length: int) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(pliant.load("smollm2-135m").config._name_or_path)
+    return calibration_tokens(tokenizer, num_tokens=2 * length, window=length)
+
+
+def prefill(model: Any, ids: torch.Tensor) -> tuple[Callable[[], None], dict[int, float]]:
+    """One forward without a cache, and the share that runs in each layer."""
+
+    @torch.no_grad()
+    def run() -> None:
+        model(ids, use_cache=False, logits_to_keep=1)
+
+    return run, shares(model, ids)
+
+
+def train(model: Any, ids: torch.Tensor) -> tuple[Callable[[], None], dict[int, float]]:
+    """Forward and backward of the causal loss; every weight has a gradient."""
+    model.train()
+
+    def run() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run, shares(model, ids)
+
+
+def decode(model: Any, ids: torch.Tensor) -> tuple[Callable[[], None], dict[int, float]]:
+    """The last 32 tokens one by one, behind all others, which are read beforehand."""
+    caches: dict[bool, DynamicCache] = {}
+    share = shares(model, ids[:, -DECODE_STEPS:], before=ids[:, :-DECODE_STEPS])
+
+    @torch.no_grad()
+    def run() -> None:
+        active = next(iter(model.routed_layers.values())).active
+        if active not in caches:
+            caches[active] = DynamicCache(config=model.config)
+            model(ids[:, :-DECODE_STEPS], past_key_values=caches[active], logits_to_keep=1)
+        for place in range(ids.shape[1] - DECODE_STEPS, ids.shape[1]):
+            model(ids[:, place : place + 1], past_key_values=caches[active])
+        caches[active].crop(-DECODE_STEPS)
+
+    return run, share
+
+
+@torch.no_grad()
+def shares(model: Any, ids: torch.Tensor, before: torch.Tensor | None = None) -> dict[int, float]:
+    """The share of the tokens that runs in each routed layer."""
+    cache = None
+    if before is not None:
+        cache = DynamicCache(config=model.config)
+        model(before, past_key_values=cache, logits_to_keep=1)
+    with model.report() as report:
+        model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    return {index: layer.routing.runs.float().mean().item() for index, layer in report.layers.items() if layer.routing}
+
+
+def flops(model: Any, length: int, share: dict[int, float]) -> float:
+    """FLOPs of the decoder layers over those of the base: linear maps, causal attention, and what is added."""
+    config, total, base = model.config, 0.0, 0.0
+    width = config.num_attention_heads * config.head_dim
+    for index, layer in enumerate(model.model.layers):
+        linear = sum(p.numel() for n, p in layer.named_parameters() if n.endswith("_proj.weight"))
+        added = sum(p.numel() for n, p in layer.named_parameters() if n.split(".")[0] in ("router", "prior"))
+        kept = share.get(index, 1.0) * length
+        base += 2 * linear * length + 2 * width * length**2
+        total += 2 * linear * kept + 2 * width * kept**2 + 2 * added * length
+    return total / base
+
+
+def weight_traffic(model: Any, share: dict[int, float]) -> float:
+    """Bytes of weights that a token reads, the head included, over those of the base."""
+    head = model.lm_head.weight.numel()
+    total = base = float(head)
+    for index, layer in enumerate(model.model.layers):
+        own = sum(p.numel() for n, p in layer.named_parameters() if n.split(".")[0] not in ("router", "prior"))
+        added = sum(p.numel() for n, p in layer.named_parameters()) - own
+        base += own
+        total += own * share.get(index, 1.0) + added
+    return total / base
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, ids: torch.Tensor) -> dict[str, int]:
+    """Bytes of keys and values after all tokens, those of the base, and those that the tokens that ran make."""
+    found = {}
+    for name, active in (("cache_bytes", True), ("base_cache_bytes", False)):
+        cache = DynamicCache(config=model.config)
+        with _mode(model, base=not active):
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        found[name] = sum(
+            tensor.numel() * tensor.element_size()
+            for layer in cache.layers
+            for tensor in (layer.keys, layer.values)
+            if tensor is not None
+        )
+        if active:
+            token = 2 * model.config.num_key_value_heads * model.config.head_dim * model.dtype.itemsize
+            executed = sum(
+                int((layer.columns >= 0).sum()) if getattr(layer, "columns", None) is not None else ids.numel()
+                for layer in cache.layers
+                if layer.is_initialized
+            )
+            found["executed_bytes"] = executed * token
+    return found
+
+
+@contextmanager
+def _mode(model: Any, *, base: bool) -> Iterator[None]:
+    if base:
+        with model.base_mode():
+            yield
+    else:
+        yield
+
+
+def paired(run: Callable[[], None], model: Any, rounds: int) -> dict[str, float]:
+    """Median of the paired time ratios with its bootstrap interval, and the base's own seconds."""
+    ratios, base_seconds = [], []
+    for number in range(rounds + 1):
+        order = [True, False]
+        random.shuffle(order)
+        taken = {}
+        for base in order:
+            with _mode(model, base=base):
+                start = time.perf_counter()
+                run()
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                taken[base] = time.perf_counter() - start
+        if number:  # warm
+            ratios.append(taken[False] / taken[True])
+            base_seconds.append(taken[True])
+    medians = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return {
+        "ratio": statistics.median(ratios),
+        "low": medians[50],
+        "high": medians[1949],
+        "base_seconds": statistics.median(base_seconds),
+    }
+
+
+if __name__ == "__main__":
+    main()

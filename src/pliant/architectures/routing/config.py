@@ -1,0 +1,86 @@
+"""What the configurations of routed layers have in common."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pliant.architectures.base import nearest
+from pliant.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutedConfig:
+    """A layer that only some tokens enter.
+
+    Attributes:
+        capacity_gamma: γ, the share of the tokens that enter, in (0, 1].
+        gate_share: s in [0, 1]. The increment of a token is multiplied by ``1 + φ − sg[φ] + s (sg[φ] − 1)``: at 0 the
+            value is 1, so that a converted model at γ = 1 is its base; at 1 it is the gate φ. The gradient is φ's.
+
+    Raises:
+        ConfigError: A field has a value outside its rule.
+    """
+
+    capacity_gamma: float = 0.5
+    gate_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.capacity_gamma) or not 0 < self.capacity_gamma <= 1:
+            raise ConfigError(
+                f"capacity_gamma must be in (0, 1], the share of the tokens that run; got {self.capacity_gamma!r}. 0.5 "
+                "lets half of them run, 1 all."
+            )
+        if not is_number(self.gate_share) or not 0 <= self.gate_share <= 1:
+            raise ConfigError(
+                f"gate_share must be in [0, 1]; got {self.gate_share!r}. 0 multiplies by 1, 1 by the gate."
+            )
+
+    def starts_at_layerwise_optimum(self) -> bool:
+        """What a skipped token misses no parameter of the layer can bring back."""
+        return True
+
+    @classmethod
+    def from_dict(cls, fields_: Mapping[str, Any]) -> "RoutedConfig":
+        """Builds a configuration from field names and values; an unknown name is an error."""
+        known = tuple(f.name for f in fields(cls))
+        for name in fields_:
+            if name not in known:
+                raise ConfigError(
+                    f"{cls.__name__} has no field {name!r}; fields are {', '.join(known)}.{nearest(name, known)}"
+                )
+        return cls(**fields_)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the capacity and every other field that differs from its default."""
+        defaults = {f.name: f.default for f in fields(self)}
+        values = {name: getattr(self, name) for name in defaults}
+        return {name: value for name, value in values.items() if name == "capacity_gamma" or value != defaults[name]}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_choice(config: Any, **known: tuple[str, ...]) -> None:
+    """Raises a :class:`ConfigError` for a field that is none of the words known for it."""
+    for name, words in known.items():
+        value = getattr(config, name)
+        if value not in words:
+            raise ConfigError(f"{name} must be one of {', '.join(words)}; got {value!r}.{nearest(str(value), words)}")
+
+
+def check_flags(config: Any, *names: str) -> None:
+    """Raises a :class:`ConfigError` for a field that is neither true nor false."""
+    for name in names:
+        if type(getattr(config, name)) is not bool:
+            raise ConfigError(f"{name} must be true or false; got {getattr(config, name)!r}.")
+
+
+def check_weights(config: Any, *names: str) -> None:
+    """Raises a :class:`ConfigError` for the weight of a loss that is negative or no number."""
+    for name in names:
+        value = getattr(config, name)
+        if not is_number(value) or value < 0:
+            raise ConfigError(f"{name} must be a number of at least 0; got {value!r}. 0 leaves that loss out.")

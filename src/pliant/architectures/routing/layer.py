@@ -1,0 +1,247 @@
+"""A decoder layer that only some tokens enter.
+
+h (batch, seq, d_model) is the layer's input. A token t that runs gets ``h_t + m_t f(h)_t``, f the increment of the
+routed part computed among the running tokens alone, with their own positions; every other token passes as it is.
+m = 1 + φ − sg[φ] + s (sg[φ] − 1), from 1 at s = 0 to the gate φ at s = 1, always with the gradient of φ.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from pliant.architectures.base import AddedModule, LayerReport, RoutingReport
+from pliant.architectures.routing.attention import Memory, attention_arguments
+from pliant.architectures.routing.selection import (
+    Selection,
+    above,
+    highest,
+    row_thresholds,
+    threshold_for,
+)
+
+Hidden = Float[Tensor, "batch seq d_model"]
+PerToken = Float[Tensor, "batch seq"]
+
+MOMENTUM = 0.05
+"""Weight of one training batch in the running threshold."""
+
+
+class Router(AddedModule):
+    """What decides who runs, and the score from which on a token does.
+
+    Attributes:
+        threshold: τ; −∞ lets every token run.
+        noted: Thresholds of the rows of the last training batch, which τ has not followed yet.
+    """
+
+    component: ClassVar[str] = "router"
+    threshold: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("threshold", torch.full((), -torch.inf))
+        self.noted: Tensor | None = None
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        """Lets every token run."""
+        init.constant_(self.threshold, -torch.inf)
+
+    def note(self, thresholds: Float[Tensor, " rows"]) -> None:
+        """Keeps what the threshold of each row of a batch would be, until :meth:`follow`."""
+        self.noted = thresholds
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Moves the threshold a little towards the mean of what was noted, over the rows of all processes.
+
+        This comes after the backward pass: a layer that runs again there must choose the same tokens again.
+        """
+        if (noted := self.noted) is None:
+            return
+        self.noted = None
+        total = torch.stack((noted.sum(), noted.new_tensor(len(noted))))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        mean = (total[0] / total[1]).to(self.threshold)
+        moved = torch.where(self.threshold.isinf(), mean, self.threshold.lerp(mean, MOMENTUM))
+        self.threshold.copy_(torch.where(mean.isfinite(), moved, self.threshold))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """What a router says of each token.
+
+    Attributes:
+        scores: What is held against the threshold.
+        gate: φ, what a running token's increment is multiplied by.
+        signals: What the losses of the router are computed from.
+        ranks: What training picks by, where that is not the score.
+    """
+
+    scores: PerToken
+    gate: PerToken
+    signals: Mapping[str, Tensor]
+    ranks: PerToken | None = None
+
+
+class RoutedLayer(nn.Module):
+    """Mixed in before a family's decoder layer; an architecture brings ``route`` and ``losses``.
+
+    Attributes:
+        router: The router, with the threshold.
+        layer_config: Its configuration; ``capacity_gamma`` and ``gate_share`` are read at every forward.
+        by_threshold: Whether training, too, goes by the threshold, and takes no longer the highest of each row.
+        active: Off, the layer is exactly the family's own.
+        calibrating: On, the next forward sets the threshold to what lets γ of its tokens run.
+        recording: ``None``, ``"norms"`` or ``"writes"``: whether the next forward leaves a report in ``layer_report``.
+    """
+
+    # What the family's own layer brings.
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    router: Router
+    part: str
+
+    def __init__(self, config: Any, layer_idx: int, layer_config: Any) -> None:
+        super().__init__(config, layer_idx)
+        self.part = "block"
+        self.layer_idx, self.layer_config = layer_idx, layer_config
+        self.active, self.by_threshold, self.calibrating = True, False, False
+        self.recording: str | None = None
+        self.layer_report: LayerReport | None = None
+
+    @abstractmethod
+    def route(self, h: Hidden, documents: Tensor | None, memory: Memory | None) -> Route:
+        """Returns what the router says of each token; at t it may depend on tokens up to t alone."""
+
+    @abstractmethod
+    def losses(self, route: Route, runs: Bool[Tensor, "batch seq"]) -> dict[str, tuple[float, PerToken]]:
+        """Returns the weight and the value, token by token, of each loss of the router.
+
+        Among the signals is ``increment`` (batch, seq, d_model): what each token's state moved by, without gradient.
+        """
+
+    def connect(self, layers: nn.ModuleList) -> None:
+        """Takes note of the layers that this one looks at; of none, unless an architecture says so."""
+
+    def skip(self, h: Hidden) -> Hidden:
+        """Returns what a token that does not run goes on with."""
+        return h
+
+    def forward(
+        self, hidden_states: Hidden, token_documents: Int[Tensor, "batch seq"] | None = None, **kwargs: Any
+    ) -> Hidden:
+        """Returns the layer's output; further keywords are those of the family's decoder layer."""
+        if not self.active:
+            return super().forward(hidden_states, **kwargs)
+        memory = self._memory(kwargs)
+        route = self.route(hidden_states, token_documents, memory)
+        before = self._attend(hidden_states, kwargs) if self.part == "mlp" else hidden_states
+        if self.capacity >= 1 and token_documents is None and (memory is None or memory.is_full):
+            runs = torch.ones_like(route.scores, dtype=torch.bool)
+            after = self._gated(before, self._enter(before, kwargs), route.gate)
+        else:
+            selection = self._select(route, token_documents)
+            after, runs = self.skip(before), torch.zeros_like(route.scores, dtype=torch.bool)
+            if selection is not None:
+                new = self._run(before, selection, route, token_documents, kwargs)
+                after, runs = selection.scatter(after, new), selection.mask(before.shape[1])
+            if memory is not None:
+                memory.advance(hidden_states.shape[1])
+        if self.recording:
+            self._report(route, runs, before, after)
+        return self._think(after) if self.part == "attention" else after
+
+    @property
+    def routes(self) -> bool:
+        """Whether the layer routes; one of an architecture whose layers pair up may only look on."""
+        return True
+
+    @property
+    def capacity(self) -> float:
+        """γ: the share of the tokens that runs in training, and that calibration aims at."""
+        return self.layer_config.capacity_gamma
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether only tokens that run leave keys in the cache."""
+        return self.part != "mlp"
+
+    def _memory(self, kwargs: dict[str, Any]) -> Memory | None:
+        cache = kwargs.get("past_key_values")
+        return cache.layers[self.layer_idx] if cache is not None and self.keeps_keys else None
+
+    def _select(self, route: Route, documents: Tensor | None) -> Selection | None:
+        scores, router = route.scores.detach(), self.router
+        allowed = None if documents is None else documents >= 0
+        if self.calibrating:
+            router.threshold.copy_(
+                threshold_for(scores.flatten() if allowed is None else scores[allowed], self.capacity)
+            )
+        elif self.training:
+            if self.capacity < 1:
+                router.note(row_thresholds(scores, self.capacity, allowed))
+            if not self.by_threshold:
+                return highest(scores if route.ranks is None else route.ranks.detach(), self.capacity, allowed)
+        return above(scores, router.threshold, allowed)
+
+    def _run(
+        self, before: Hidden, selection: Selection, route: Route, documents: Tensor | None, kwargs: dict[str, Any]
+    ) -> Float[Tensor, "batch k d_model"]:
+        chosen, arguments = selection.gather(before), kwargs
+        if self.part != "mlp":
+            arguments = attention_arguments(
+                selection,
+                documents,
+                self._memory(kwargs),
+                kwargs,
+                length=before.shape[1],
+                implementation=self.self_attn.config._attn_implementation,
+                window=self._window(),
+                dtype=before.dtype,
+            )
+        return self._gated(chosen, self._enter(chosen, arguments), selection.gather(route.gate))
+
+    def _window(self) -> int | None:
+        """How far attention looks back; Mistral's keeps it in the configuration alone."""
+        attention = self.self_attn
+        return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+
+    def _enter(self, h: Float[Tensor, "batch k d_model"], kwargs: dict[str, Any]) -> Float[Tensor, "batch k d_model"]:
+        """Runs the routed part."""
+        if self.part == "attention":
+            return self._attend(h, kwargs)
+        return self._think(h) if self.part == "mlp" else super().forward(h, **kwargs)
+
+    def _attend(self, h: Hidden, kwargs: dict[str, Any]) -> Hidden:
+        return h + self.self_attn(hidden_states=self.input_layernorm(h), **kwargs)[0]
+
+    def _think(self, h: Hidden) -> Hidden:
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+    def _gated(self, h: Tensor, new: Tensor, gate: Tensor) -> Float[Tensor, "batch k d_model"]:
+        """``h + m (new − h)``, written so that m = 1 leaves ``new`` as it is, bit for bit."""
+        share, has_gradient = self.layer_config.gate_share, torch.is_grad_enabled() and gate.requires_grad
+        if not share and not has_gradient:
+            return new
+        excess = gate - gate.detach() + share * (gate.detach() - 1)
+        return new + excess[..., None].to(new.dtype) * (new - h)
+
+    def _report(self, route: Route, runs: Bool[Tensor, "batch seq"], before: Hidden, after: Hidden) -> None:
+        route = replace(route, signals={**route.signals, "increment": (after - before).detach()})
+        penalty = torch.zeros_like(route.scores)
+        for weight, value in self.losses(route, runs).values():
+            penalty = penalty + weight * value
+        self.layer_report = LayerReport(
+            norm=(after - before).detach().float().norm(dim=-1),
+            regulariser=penalty,
+            routing=RoutingReport(scores=route.scores.detach(), runs=runs, gate=route.gate.detach()),
+        )

@@ -1,0 +1,106 @@
+"""Which tokens enter a routed layer: a fixed share while training, a threshold ever after.
+
+Training takes the highest scores of each row, which looks ahead; a threshold does not, so that it gives the same answer
+for a prompt at once, in pieces, token by token, alone or in a batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The tokens that run, each row's in order of time.
+
+    Attributes:
+        places: Where they stand in their row: (batch, k), all different; a row that runs fewer is filled up behind.
+        valid: Which of the places run; ``None`` if all do.
+    """
+
+    places: Int[Tensor, "batch k"]
+    valid: Bool[Tensor, "batch k"] | None
+
+    def gather(self, values: Float[Tensor, "rows seq ..."]) -> Float[Tensor, "batch k ..."]:
+        """Returns the values of the selected tokens; one row of values counts for every row of the batch."""
+        values = values.expand(len(self.places), *values.shape[1:])
+        return values.gather(1, self._index(values))
+
+    def scatter(
+        self, values: Float[Tensor, "batch seq ..."], new: Float[Tensor, "batch k ..."]
+    ) -> Float[Tensor, "batch seq ..."]:
+        """Returns ``values`` with those of the selected tokens replaced."""
+        if self.valid is not None:
+            new = torch.where(self.valid.view(*self.valid.shape, *[1] * (new.ndim - 2)), new, self.gather(values))
+        return values.scatter(1, self._index(values), new)
+
+    def mask(self, length: int) -> Bool[Tensor, "batch seq"]:
+        """Returns which of ``length`` tokens a row run."""
+        chosen = torch.ones_like(self.places, dtype=torch.bool) if self.valid is None else self.valid
+        return chosen.new_zeros(len(chosen), length).scatter(1, self.places, chosen)
+
+    def _index(self, values: Tensor) -> Tensor:
+        places = self.places.view(*self.places.shape, *[1] * (values.ndim - 2))
+        return places.expand(*self.places.shape, *values.shape[2:])
+
+
+def highest(
+    scores: Float[Tensor, "batch seq"], capacity: float, allowed: Bool[Tensor, "batch seq"] | None
+) -> Selection:
+    """Returns the ``⌈capacity · n⌉`` highest-scored of the n tokens of each row that are ``allowed``.
+
+    How many places there are depends on the shape alone: no wait for the device, and one graph for the compiler.
+    """
+    length = scores.shape[1]
+    if allowed is None:
+        places = scores.topk(share_of(capacity, length), dim=1).indices
+        return Selection(places=places.sort(dim=1).values, valid=None)
+    ranked = scores.masked_fill(~allowed, -torch.inf).topk(share_of(capacity, length), dim=1).indices
+    counts = (allowed.sum(1, keepdim=True) * capacity - 1e-4).ceil()
+    valid = torch.arange(ranked.shape[1], device=ranked.device) < counts
+    order = torch.where(valid, ranked, ranked + length).argsort(dim=1)
+    return Selection(places=ranked.gather(1, order), valid=valid.gather(1, order))
+
+
+def above(
+    scores: Float[Tensor, "batch seq"], threshold: Float[Tensor, ""], allowed: Bool[Tensor, "batch seq"] | None
+) -> Selection | None:
+    """Returns the tokens whose score reaches ``threshold``; ``None`` if there are none."""
+    runs = scores >= threshold
+    if allowed is not None:
+        runs = runs & allowed
+    counts = runs.sum(1)
+    most, fewest = counts.max().item(), counts.min().item()
+    if not most:
+        return None
+    places = (~runs).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    valid = None if most == fewest else torch.arange(most, device=scores.device) < counts[:, None]
+    return Selection(places=places, valid=valid)
+
+
+def share_of(capacity: float, length: int) -> int:
+    """``⌈capacity · length⌉``, and not one more where the product is an integer up to rounding."""
+    return max(1, math.ceil(capacity * length - 1e-9))
+
+
+def threshold_for(scores: Float[Tensor, " n"], capacity: float) -> Float[Tensor, ""]:
+    """Returns τ such that a share ``capacity`` of the scores reaches it: the smallest of the highest scores."""
+    if capacity >= 1:
+        return scores.new_full((), -torch.inf)
+    return scores.kthvalue(len(scores) - share_of(capacity, len(scores)) + 1).values
+
+
+def row_thresholds(
+    scores: Float[Tensor, "batch seq"], capacity: float, allowed: Bool[Tensor, "batch seq"] | None
+) -> Float[Tensor, " rows"]:
+    """Returns :func:`threshold_for` of each row that has a token."""
+    if allowed is None:
+        length = scores.shape[1]
+        return scores.kthvalue(length - share_of(capacity, length) + 1, dim=1).values
+    counts = allowed.sum(1)
+    kept = (counts * capacity - 1e-4).ceil().long().clamp(min=1)
+    ranked = scores.masked_fill(~allowed, -torch.inf).sort(dim=1, descending=True).values
+    return ranked.gather(1, kept[:, None] - 1)[:, 0][counts > 0]

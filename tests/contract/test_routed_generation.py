@@ -1,0 +1,286 @@
+"""Who runs, and what comes out, does not depend on how tokens are fed; keys are kept of those alone that ran."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from pliant.errors import ConfigError
+from pliant.models.routed_cache import RoutedCacheLayer
+
+TOLERANCE = 1e-5
+"""Largest difference over largest logit, fp32: the same sums, grouped otherwise."""
+NEW_TOKENS = 9
+
+RoutedModel = Callable[..., PreTrainedModel]
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def fed(model: PreTrainedModel, tokens: Tensor, *sizes: int) -> Tensor:
+    """Logits with the tokens fed in chunks of these sizes, from one cache."""
+    cache, rows = DynamicCache(config=model.config), []
+    for chunk in tokens.split(list(sizes), dim=1):
+        rows.append(model(chunk, past_key_values=cache).logits)
+    return torch.cat(rows, dim=1)
+
+
+def runs_of(model: PreTrainedModel, tokens: Tensor, **options: Any) -> dict[int, Tensor]:
+    """Which tokens ran in each routed layer."""
+    with model.report() as report:
+        model(tokens, **options)
+    return {index: layer.routing.runs for index, layer in report.layers.items()}
+
+
+def uncached_greedy(model: PreTrainedModel, tokens: Tensor, steps: int = NEW_TOKENS) -> Tensor:
+    for _ in range(steps):
+        chosen = model(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, chosen], dim=1)
+    return tokens
+
+
+@pytest.fixture
+def model(routed_kind: str, family: str, make_routed: RoutedModel) -> PreTrainedModel:
+    return make_routed(routed_kind, family)
+
+
+@torch.no_grad()
+def test_some_tokens_run_and_some_do_not(model: PreTrainedModel, prompt: Tensor) -> None:
+    for index, runs in runs_of(model, prompt).items():
+        assert 0 < runs.sum() < runs.numel(), index
+
+
+@pytest.mark.parametrize("changed", [1, 4, 10])
+@torch.no_grad()
+def test_a_changed_token_moves_no_earlier_logit_and_no_earlier_choice(
+    model: PreTrainedModel, changed: int, prompt: Tensor
+) -> None:
+    other = prompt.clone()
+    other[:, changed] = (other[:, changed] + 7) % 90 + 2
+    difference = (model(prompt).logits - model(other).logits).abs().amax((0, 2))
+    assert difference[:changed].max() <= TOLERANCE * model(prompt).logits.abs().max()  # rows grouped otherwise
+    assert difference[changed] > 0
+    before, after = runs_of(model, prompt), runs_of(model, other)
+    assert all(torch.equal(before[index][:, :changed], after[index][:, :changed]) for index in before)
+
+
+@torch.no_grad()
+def test_logits_are_the_same_however_the_tokens_are_fed(
+    model: PreTrainedModel, prompt: Tensor, largest_difference: Callable
+) -> None:
+    expected = model(prompt, use_cache=False).logits
+    length, pads = prompt.shape[1], 4
+    padded = torch.cat([torch.zeros_like(prompt[:, :pads]), prompt], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= pads).long().expand_as(padded)
+    short = prompt.clone()  # the second row is shorter, padded on the left
+    short[1] = torch.cat([torch.zeros(pads, dtype=torch.long), prompt[1, :-pads]])
+    short_mask = torch.ones_like(short)
+    short_mask[1, :pads] = 0
+    left = model(padded, attention_mask=mask, position_ids=positions_of(mask)).logits
+    mixed = model(short, attention_mask=short_mask, position_ids=positions_of(short_mask)).logits
+    outcomes = {
+        "at once, with a cache": (model(prompt, use_cache=True).logits, expected),
+        "token by token": (fed(model, prompt, *[1] * length), expected),
+        "two chunks": (fed(model, prompt, 6, length - 6), expected),
+        "three chunks": (fed(model, prompt, 1, 6, length - 7), expected),
+        "alone": (torch.cat([model(row[None]).logits for row in prompt]), expected),
+        "alone, token by token": (torch.cat([fed(model, row[None], *[1] * length) for row in prompt]), expected),
+        "left-padded": (left[:, pads:], expected),
+        "beside a shorter row": (mixed[0], expected[0]),
+        "shorter row": (mixed[1, pads:], expected[1, :-pads]),
+    }
+    for way, (logits, wanted) in outcomes.items():
+        assert largest_difference(logits, wanted) < TOLERANCE, way
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_the_cache_holds_the_keys_of_the_tokens_that_ran(
+    routed_kind: str, model: PreTrainedModel, batch: int, prompt: Tensor
+) -> None:
+    tokens = prompt[:batch]
+    runs = runs_of(model, tokens)
+    cache = DynamicCache(config=model.config)
+    for position in range(tokens.shape[1]):
+        model(tokens[:, position : position + 1], past_key_values=cache)
+    for index, chosen in runs.items():
+        entry = cache.layers[index]
+        assert entry.get_seq_length() == tokens.shape[1]
+        if routed_kind == "mod mlp":
+            assert not isinstance(entry, RoutedCacheLayer)
+            continue
+        counts = chosen.sum(1)
+        if not counts.any():
+            assert not entry.is_initialized
+            continue
+        assert entry.keys.shape[2] == entry.values.shape[2] == counts.max()
+        for row, columns in enumerate(entry.columns):
+            assert torch.equal(columns[: counts[row]], chosen[row].nonzero()[:, 0])
+            assert (columns[counts[row] :] == -1).all()
+
+
+@torch.no_grad()
+def test_the_report_says_of_each_token_whether_it_ran_however_few_do(
+    routed_kind: str, make_routed: RoutedModel, prompt: Tensor
+) -> None:
+    model = make_routed(routed_kind)
+    with model.report() as report:
+        fed(model, prompt[:1], *[1] * prompt.shape[1])
+    for index, layer in model.routed_layers.items():
+        routing = [forward[index].routing for forward in report.forwards]
+        assert all(torch.equal(each.runs, each.scores >= layer.router.threshold) for each in routing)
+        assert {bool(each.runs) for each in routing} == {True, False}
+        layer.router.threshold.fill_(torch.inf)
+    with model.report() as report:
+        model(prompt)
+    assert not any(layer.routing.runs.any() for layer in report.layers.values())
+
+
+def test_generate_equals_uncached_greedy(model: PreTrainedModel, prompt: Tensor) -> None:
+    expected = uncached_greedy(model, prompt)
+    assert torch.equal(model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False), expected)
+    uncached = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=False)
+    assert torch.equal(uncached, expected)
+
+
+def test_generate_from_left_padded_rows_equals_each_row_alone(model: PreTrainedModel, prompt: Tensor) -> None:
+    pads = 3
+    batch, mask = prompt.clone(), torch.ones_like(prompt)
+    batch[1] = torch.cat([torch.zeros(pads, dtype=torch.long), prompt[1, :-pads]])
+    mask[1, :pads] = 0
+    produced = model.generate(batch, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    for row, alone in zip(produced, (prompt[:1], prompt[1:, :-pads]), strict=True):
+        expected = uncached_greedy(model, alone)[0, alone.shape[1] :]
+        assert torch.equal(row[prompt.shape[1] :], expected)
+
+
+def test_beam_search_scores_what_it_returns_as_an_uncached_forward_does(model: PreTrainedModel, prompt: Tensor) -> None:
+    produced = model.generate(
+        prompt,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        num_beams=3,
+        num_return_sequences=3,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    log_p = model(produced.sequences, use_cache=False).logits.log_softmax(-1)
+    chosen = produced.sequences[:, prompt.shape[1] :, None]
+    expected = log_p[:, prompt.shape[1] - 1 : -1].gather(-1, chosen).mean((1, 2))
+    torch.testing.assert_close(produced.sequences_scores, expected, rtol=TOLERANCE, atol=0.0)
+
+
+@pytest.mark.parametrize("draft", ["weaker", "itself"])
+def test_assisted_decoding_equals_uncached_greedy(
+    routed_kind: str, family: str, draft: str, make_routed: RoutedModel, make_base: Callable, prompt: Tensor
+) -> None:
+    """Without a sliding window, whose cache the base's own classes cannot crop either."""
+    overrides = {"sliding_window": None} if family in ("mistral", "qwen2") else {}
+    if family == "qwen2":
+        overrides["use_sliding_window"] = False
+    target = make_routed(routed_kind, family, overrides=overrides)
+    assistant = make_base("llama", seed=9) if draft == "weaker" else target
+    produced = target.generate(prompt[:1], max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=assistant)
+    assert torch.equal(produced, uncached_greedy(target, prompt[:1]))
+
+
+@pytest.mark.parametrize("removed", [1, 3, 8])
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(
+    routed_kind: str, make_routed: RoutedModel, removed: int, prompt: Tensor, largest_difference: Callable
+) -> None:
+    model = make_routed(routed_kind)
+    expected = model(prompt, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    model(prompt, past_key_values=cache)
+    cache.crop(-removed)
+    assert cache.get_seq_length() == prompt.shape[1] - removed
+    again = model(prompt[:, -removed:], past_key_values=cache).logits
+    assert largest_difference(again, expected[:, -removed:]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_can_be_repeated_reordered_and_selected(
+    routed_kind: str, make_routed: RoutedModel, prompt: Tensor, largest_difference: Callable
+) -> None:
+    model = make_routed(routed_kind)
+    cache = DynamicCache(config=model.config)
+    model(prompt[:, :6], past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 2, 1, 0]))
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    rows = prompt.flip(0)
+    expected = model(rows, use_cache=False).logits[:, 6:]
+    assert largest_difference(model(rows[:, 6:], past_key_values=cache).logits, expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_is_an_empty_one(
+    routed_kind: str, make_routed: RoutedModel, prompt: Tensor, largest_difference: Callable
+) -> None:
+    model = make_routed(routed_kind)
+    cache = DynamicCache(config=model.config)
+    model(prompt, past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    found = model(prompt, past_key_values=cache).logits
+    assert largest_difference(found, model(prompt, use_cache=False).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_attention_functions_agree(
+    routed_kind: str,
+    family: str,
+    implementation: str,
+    make_routed: RoutedModel,
+    prompt: Tensor,
+    largest_difference: Callable,
+) -> None:
+    model = make_routed(routed_kind, family)
+    expected = model(prompt, use_cache=False).logits
+    model.set_attn_implementation(implementation)
+    assert largest_difference(fed(model, prompt, 5, 1, 5), expected) < TOLERANCE
+    assert largest_difference(model(prompt, use_cache=False).logits, expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_base_mode_is_the_base_with_a_cache_of_its_own(
+    routed_kind: str, make_routed: RoutedModel, make_base: Callable, prompt: Tensor
+) -> None:
+    model, base = make_routed(routed_kind), make_base("llama", num_hidden_layers=4)
+    with model.base_mode():
+        assert torch.equal(model(prompt).logits, base(prompt).logits)
+        produced = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(produced, base.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False))
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(
+    routed_kind: str, make_routed: RoutedModel, make_base: Callable, prompt: Tensor
+) -> None:
+    if routed_kind == "mod mlp":
+        pytest.skip("keeps the keys of every token, as the base does")
+    model, base = make_routed(routed_kind), make_base("llama", num_hidden_layers=4)
+    cache = DynamicCache(config=base.config)
+    base(prompt, past_key_values=cache)
+    with pytest.raises(ConfigError, match="Start with an empty cache"):
+        model(prompt, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_routing_cannot_be_switched_off_in_the_middle_of_a_cache(
+    routed_kind: str, make_routed: RoutedModel, prompt: Tensor
+) -> None:
+    if routed_kind == "mod mlp":
+        pytest.skip("keeps the keys of every token, as the base does")
+    model = make_routed(routed_kind)
+    cache = DynamicCache(config=model.config)
+    model(prompt, past_key_values=cache)
+    with model.base_mode(), pytest.raises(ConfigError, match="Start with an empty cache"):
+        model(prompt, past_key_values=cache)
