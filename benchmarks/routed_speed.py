@@ -13,13 +13,13 @@ import argparse
 import json
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from record import RESULTS, environment, save
+from speed import paired
 from transformers import AutoTokenizer, DynamicCache
 
 import pliant
@@ -176,7 +176,7 @@ def cache_bytes(model: Any, ids: torch.Tensor) -> dict[str, int]:
     found = {}
     for name, active in (("cache_bytes", True), ("base_cache_bytes", False)):
         cache = DynamicCache(config=model.config)
-        with _mode(model, base=not active):
+        with nullcontext() if active else model.base_mode():
             model(ids, past_key_values=cache, logits_to_keep=1)
         found[name] = sum(
             tensor.numel() * tensor.element_size()
@@ -193,41 +193,6 @@ def cache_bytes(model: Any, ids: torch.Tensor) -> dict[str, int]:
             )
             found["executed_bytes"] = executed * token
     return found
-
-
-@contextmanager
-def _mode(model: Any, *, base: bool) -> Iterator[None]:
-    if base:
-        with model.base_mode():
-            yield
-    else:
-        yield
-
-
-def paired(run: Callable[[], None], model: Any, rounds: int) -> dict[str, float]:
-    """Median of the paired time ratios with its bootstrap interval, and the base's own seconds."""
-    ratios, base_seconds = [], []
-    for number in range(rounds + 1):
-        order = [True, False]
-        random.shuffle(order)
-        taken = {}
-        for base in order:
-            with _mode(model, base=base):
-                start = time.perf_counter()
-                run()
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize()
-                taken[base] = time.perf_counter() - start
-        if number:  # warm
-            ratios.append(taken[False] / taken[True])
-            base_seconds.append(taken[True])
-    medians = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return {
-        "ratio": statistics.median(ratios),
-        "low": medians[50],
-        "high": medians[1949],
-        "base_seconds": statistics.median(base_seconds),
-    }
 
 
 if __name__ == "__main__":

@@ -133,6 +133,18 @@ def test_packed_documents_are_routed_as_each_alone(
     assert largest_difference(found, expected) < TOLERANCE
 
 
+@torch.no_grad()
+def test_full_capacity_runs_every_token_whatever_the_threshold_was(
+    make_routed: Callable[..., PreTrainedModel], prompt: Tensor
+) -> None:
+    model, mask = make_routed("mod"), torch.ones_like(prompt)
+    mask[1, :4] = 0
+    model.set_routing(capacity_gamma=1.0)
+    with model.report() as report:
+        model(prompt, attention_mask=mask, use_cache=False)
+    assert all(torch.equal(layer.routing.runs, mask.bool()) for layer in report.layers.values())
+
+
 @pytest.mark.parametrize("by_threshold", [False, True])
 def test_gradients_are_the_same_under_checkpointing(
     routed_kind: str,

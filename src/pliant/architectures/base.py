@@ -2,11 +2,13 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from pliant.errors import ConfigError
 
 
 class AddedModule(nn.Module):
@@ -114,6 +116,21 @@ class LayerReport:
     regulariser: Float[Tensor, "batch seq"]
     writes: Mapping[str, Write] | None = None
     routing: RoutingReport | None = None
+
+
+def from_fields(config_class: type[Any], values: Mapping[str, Any]) -> Any:
+    """Builds a configuration, a dataclass, from field names and values.
+
+    Raises:
+        ConfigError: A name is unknown; it says the nearest one.
+    """
+    known = tuple(f.name for f in fields(config_class))
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"{config_class.__name__} has no field {name!r}; fields are {', '.join(known)}.{nearest(name, known)}"
+            )
+    return config_class(**values)
 
 
 def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:

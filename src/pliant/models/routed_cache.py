@@ -49,7 +49,7 @@ class RoutedCacheLayer(DynamicLayer):
         held = 0 if self.columns is None else self.columns.shape[1]
         return held == self.seen and not self._is_ragged
 
-    def expect(self, selection: Selection, length: int) -> tuple[Columns, Int[Tensor, "batch k"]]:
+    def expect(self, selection: Selection) -> tuple[Columns, Int[Tensor, "batch k"]]:
         """Announces the tokens whose keys come next; returns the columns of all keys then, and of the queries."""
         queries = selection.places + self.seen
         fresh = queries if selection.valid is None else queries.masked_fill(~selection.valid, NO_KEY)

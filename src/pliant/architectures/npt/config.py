@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from pliant.architectures.base import nearest
+from pliant.architectures.base import from_fields, nearest
 from pliant.errors import ConfigError
 
 FORMS = ("v1", "v1_single", "v2", "outer", "keyed", "keyed_pre")
@@ -136,13 +136,7 @@ class NptConfig:
     @classmethod
     def from_dict(cls, fields_: Mapping[str, Any]) -> "NptConfig":
         """Builds a configuration from field names and values; an unknown name is an error."""
-        known = tuple(f.name for f in fields(cls))
-        for name in fields_:
-            if name not in known:
-                raise ConfigError(
-                    f"NptConfig has no field {name!r}; fields are {', '.join(known)}.{nearest(name, known)}"
-                )
-        return cls(**fields_)
+        return from_fields(cls, fields_)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns ``form``, ``rank`` and every other field that differs from its default."""

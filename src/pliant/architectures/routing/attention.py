@@ -24,7 +24,7 @@ class Memory(Protocol):
         """Whether every token so far ran."""
         ...
 
-    def expect(self, selection: Selection, length: int) -> tuple[Tensor, Tensor]:
+    def expect(self, selection: Selection) -> tuple[Tensor, Tensor]:
         """Announces the tokens whose keys come next; returns the columns of all keys and of the queries.
 
         A column counts all tokens from the start of the sequence; −1 stands for no key.
@@ -103,17 +103,18 @@ def _allowed(
     if memory is None:
         keys = queries = selection.places  # columns
         is_causal = own is None and (window is None or length <= window)
-        # By order: a column of fill can be before those that run.
+    else:
+        past = memory.seen
+        keys, queries = memory.expect(selection)
+        is_alone = len(queries) == 1 and (queries.shape[1] == 1 or keys.shape[1] == queries.shape[1])
+        is_causal = is_alone and (window is None or past + length <= window)
+    if is_causal and not always:
+        return None
+    if memory is None:  # by order: a column of fill can be before those that run
         order = torch.arange(keys.shape[1], device=keys.device)
         allowed = (order <= order[:, None]).expand(len(keys), -1, -1)
     else:
-        past = memory.seen
-        keys, queries = memory.expect(selection, length)
-        is_alone = len(queries) == 1 and (queries.shape[1] == 1 or keys.shape[1] == queries.shape[1])
-        is_causal = is_alone and (window is None or past + length <= window)
         allowed = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
-    if is_causal and not always:
-        return None
     if window is not None:
         allowed = allowed & (queries[:, :, None] - keys[:, None, :] < window)
     if memory is None and own is not None:

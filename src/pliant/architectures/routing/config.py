@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pliant.architectures.base import nearest
+from pliant.architectures.base import from_fields, nearest
 from pliant.errors import ConfigError
 
 
@@ -43,13 +43,7 @@ class RoutedConfig:
     @classmethod
     def from_dict(cls, fields_: Mapping[str, Any]) -> "RoutedConfig":
         """Builds a configuration from field names and values; an unknown name is an error."""
-        known = tuple(f.name for f in fields(cls))
-        for name in fields_:
-            if name not in known:
-                raise ConfigError(
-                    f"{cls.__name__} has no field {name!r}; fields are {', '.join(known)}.{nearest(name, known)}"
-                )
-        return cls(**fields_)
+        return from_fields(cls, fields_)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the capacity and every other field that differs from its default."""

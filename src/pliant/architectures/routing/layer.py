@@ -191,7 +191,8 @@ class RoutedLayer(nn.Module):
                 router.note(row_thresholds(scores, self.capacity, allowed))
             if not self.by_threshold:
                 return highest(scores if route.ranks is None else route.ranks.detach(), self.capacity, allowed)
-        return above(scores, router.threshold, allowed)
+        least = router.threshold if self.capacity < 1 else torch.full_like(router.threshold, -torch.inf)
+        return above(scores, least, allowed)
 
     def _run(
         self, before: Hidden, selection: Selection, route: Route, documents: Tensor | None, kwargs: dict[str, Any]
