@@ -18,7 +18,7 @@ REMAKE_VENV := $(shell $(PY) -c '$(if $(wildcard $(VENV)/.stamp-venv),,$(WHOLE_P
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
-demo test test-all: export HF_HUB_OFFLINE := 1
+demo bench test test-all: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check lint types imports spelling docs fix test test-all bench remake-venv
@@ -64,14 +64,12 @@ $(VENV)/.stamp-data: constraints.txt $(VENV)/.stamp-package
 demo: setup  ## convert the embedded model on this machine and show what the change cost
 	$(VENV)/bin/pliant demo
 
-bench: setup  ## run every script in benchmarks/
-	@set -e; for script in benchmarks/*.py; do \
-		if [ -e "$$script" ]; then echo "== $$script"; $(PY) "$$script"; fi; \
-	done
+bench: setup  ## measure time and memory anew and show what got slower; the machine must be idle
+	$(VENV)/bin/pliant bench
 
 ## Checks
 
-check: lint types imports spelling docs  ## lint, format, types, import layers, spelling, links
+check: lint types imports spelling docs  ## lint, format, types, import layers, spelling, the documents
 
 lint: setup
 	$(VENV)/bin/ruff check
@@ -86,8 +84,10 @@ imports: setup
 spelling: setup
 	$(VENV)/bin/codespell
 
-docs: setup  ## check that every relative link and anchor in the documents resolves
+docs: setup  ## check the links and the page of results, and build the site in build/site
 	$(PY) scripts/check_links.py
+	$(PY) scripts/results_page.py --check
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 fix: setup  ## apply ruff's fixes and formatting
 	$(VENV)/bin/ruff check --fix

@@ -7,24 +7,20 @@ activation memory is what a step adds to it. Usage: python benchmarks/distillati
 """
 
 import argparse
-import gc
 import os
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from memory import status
 from record import environment, save
 
 import pliant
 from pliant.config import TrainingConfig
-from pliant.training.objectives import OBJECTIVES, Student
+from pliant.evaluation.cost import ALLOCATOR, resident, resident_peak, stepper, take_turns
+from pliant.training.objectives import Student
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 FORMS = {"v1_single": 16, "v2": 16, "outer": 64, "keyed_pre": 128}
 
 
@@ -111,45 +107,14 @@ def prepare(form: str, rank: int) -> tuple[Student, int]:
     return Student(wrapped=model, model=model, adapted=None, teacher=None, config=TrainingConfig()), base_bytes
 
 
-def stepper(objective: str, student: Student, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A function that takes one optimizer step."""
-    optimizer = torch.optim.AdamW([p for p in student.wrapped.parameters() if p.requires_grad], lr=1e-5)
-
-    def step() -> None:
-        (OBJECTIVES[objective](student, batch)["loss"] / batch["labels"].numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every step, taken in turn, and what one step of each adds to the resident memory at its peak."""
     peaks = {}
     for name, step in steps.items():
         step()
-        before = status("VmRSS")
+        before = resident("VmRSS")
         peaks[name] = resident_peak(step) - before
     return take_turns(steps, repeats), peaks
-
-
-def take_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every step, one after the other, ``repeats`` times over."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def resident_peak(step: Callable[[], None]) -> int:
-    """Largest resident size during a step, in bytes."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    step()
-    return status("VmHWM")
 
 
 if __name__ == "__main__":

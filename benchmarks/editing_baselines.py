@@ -1,4 +1,4 @@
-"""Settings of the baseline editors: a fair search on CounterFact records that no evaluation looks at.
+"""Claim: every baseline editor had a fair search of its settings, on CounterFact records that no evaluation looks at.
 
 Coordinate by coordinate from the first value of each: every other value is tried on the first records of the slice, in
 bf16 with batched value searches, and the one with the best S of soft counts is kept. What is chosen is then measured

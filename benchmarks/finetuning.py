@@ -16,12 +16,13 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-from distillation_cost import resident_peak, restart_with_allocator, stepper, take_turns
+from distillation_cost import restart_with_allocator
 from record import RESULTS, environment, finished, save
 
 import pliant
 from pliant.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from pliant.data import training_data
+from pliant.evaluation.cost import resident_peak, stepper, take_turns
 from pliant.training.build import build_model, tokenizer_for
 from pliant.training.objectives import Student
 

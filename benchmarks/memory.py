@@ -13,14 +13,7 @@ from transformers import AutoTokenizer
 
 import pliant
 from pliant.data import calibration_tokens
-
-
-def status(field: str) -> int:
-    """Bytes of a memory field of this process: VmRSS now, VmHWM at its peak since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+from pliant.evaluation.cost import resident
 
 
 def main() -> None:
@@ -32,9 +25,9 @@ def main() -> None:
         model(tokens[:1], use_cache=False)  # page the weights in, and let the kernels take their workspace
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = status("VmRSS")
+    before = resident("VmRSS")
     pliant.convert(model, pliant.NptConfig.preset("keyed", rank=192), calibration=tokens)
-    peak = status("VmHWM")
+    peak = resident("VmHWM")
     added = sum(p.numel() * p.element_size() for _, p in model.dynamic_parameters())
     extra = peak - before
     result = {

@@ -12,7 +12,7 @@ import torch
 
 from pliant.training import TrainingResult
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("PLIANT_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -40,11 +40,11 @@ def finished(run: TrainingResult) -> tuple[list[dict[str, Any]], float]:
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    """Writes ``results/NAME.json`` and says where."""
-    RESULTS.mkdir(exist_ok=True)
+    """Writes ``NAME.json`` among the results and says where."""
+    RESULTS.mkdir(exist_ok=True, parents=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.relative_to(RESULTS.parent.parent)}")
+    print(f"written: {path}")
 
 
 def _processor() -> str:

@@ -1,6 +1,7 @@
 """Tiny bases of every family, and their conversion with added parameters that all act."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,9 @@ ROUTED_KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "dtf": (pliant.DtfConfig, {}),
     "dtf gaussian": (pliant.DtfConfig, {"surprise": "gaussian", "criteria": "cu", "gate_share": 1.0}),
     "dtf forecast": (pliant.DtfConfig, {"forecast": True, "criteria": "ce"}),
+    "dtf attention": (pliant.DtfConfig, {"granularity": "attention"}),
     "stt": (pliant.SttConfig, {}),
+    "stt attention": (pliant.SttConfig, {"granularity": "attention"}),
 }
 """Routed layers in their variants."""
 
@@ -269,3 +272,25 @@ def largest_difference() -> Callable[[Tensor, Tensor], float]:
         return float((actual.detach().float() - expected.detach().float()).abs().max() / scale)
 
     return difference
+
+
+NO_PLIANT = """
+import sys
+
+class NoPliant:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "pliant":
+            raise ModuleNotFoundError(f"{name} is blocked")
+
+sys.meta_path.insert(0, NoPliant())
+"""
+"""As ``sitecustomize`` it makes pliant impossible to import, in the commands of other packages too."""
+
+
+@pytest.fixture(scope="session")
+def without_pliant(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that can import no pliant, and keeps its caches to itself."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "sitecustomize.py").write_text(NO_PLIANT, encoding="utf-8")
+    own = {name: str(folder / name) for name in ("HF_MODULES_CACHE", "HF_HOME", "HF_DATASETS_CACHE")}
+    return {**os.environ, **own, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

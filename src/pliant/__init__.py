@@ -20,6 +20,7 @@ if TYPE_CHECKING or not _IS_COMMAND:
 if TYPE_CHECKING:
     from pliant.consolidation import consolidate
     from pliant.evaluation import evaluate
+    from pliant.evaluation.compare import compare
     from pliant.training import train
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "PliantError",
     "SttConfig",
     "calibrate",
+    "compare",
     "consolidate",
     "convert",
     "edits",
@@ -50,6 +52,10 @@ def __getattr__(name: str) -> Any:
         from pliant.evaluation import evaluate
 
         return evaluate
+    if name == "compare":
+        from pliant.evaluation.compare import compare
+
+        return compare
     if name == "train":  # brings the trainer of transformers, which takes seconds to import
         from pliant.training import train
 

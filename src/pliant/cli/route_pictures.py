@@ -1,8 +1,6 @@
 """The pictures of ``pliant routes``: tokens by layers, as a PNG and as one HTML file that needs nothing else."""
 
 import math
-from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,10 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 
 from pliant.cli.console import shortened
+from pliant.cli.page import HeatMap, HeatRow, Mark, Section, Swatch, write_page
 from pliant.cli.plots import ACCENT, GREY
 from pliant.cli.routes import Routes, cropped, strength, told
+from pliant.models.staging import replaced
 
 DENSE, GRID, INK = "#d5d8dd", "#eceef1", "#111827"
 SCALE = LinearSegmentedColormap.from_list("margin", ("#c9dff5", "#5a9bd8", ACCENT, "#0b2f5e"))
@@ -61,7 +61,8 @@ def draw_png(found: Routes, name: str, file: Path) -> None:
         cells = place(left, TOP, column * layers, row * count)
         _draw_cells(cells, found, labels, every=math.ceil(LEGIBLE_ROW / row), column=column)
         _draw_shares(place(left, TOP + row * count + 0.08, column * layers, BARS - 0.08), found, column)
-        figure.savefig(file, format="png")
+        with replaced(file, prefix=f".{file.stem}-") as staged:
+            figure.savefig(staged, format="png")
 
 
 def _head(figure: Figure, found: Routes, name: str, width: float, height: float) -> None:
@@ -164,98 +165,49 @@ def _drawable(text: str) -> str:
     return "".join(char if ord(char) in known else char.encode("unicode_escape").decode() for char in text)
 
 
-PAGE_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #16202e; --dim: #667085; --line: #e4e7ec; --dense: #dfe2e7;
-  --ran: 31 95 168; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #11161d; --ink: #e6eaf0; --dim: #98a2b3; --line: #2a313c; --dense: #2b313b; --ran: 120 185 255; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 100rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { margin: 0 0 .25rem; font-size: 1.25rem; overflow-wrap: anywhere; }
-p { margin: .25rem 0; }
-.dim, footer { color: var(--dim); }
-.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: .75rem 0; align-items: center; }
-.legend span { display: inline-flex; gap: .4rem; align-items: center; white-space: nowrap; }
-.legend i { flex: none; width: 1.1rem; height: 1.1rem; border: 1px solid var(--line); border-radius: 2px; }
-.legend i.scale { width: 6rem; background: linear-gradient(90deg, rgb(var(--ran) / .22), rgb(var(--ran))); }
-.scroll { overflow: auto; max-height: 80vh; border: 1px solid var(--line); border-radius: 6px; width: fit-content;
-  max-width: 100%; }
-table { border-collapse: separate; border-spacing: 1px; font: 12px/1 ui-monospace, Menlo, Consolas, monospace; }
-th { background: var(--paper); font-weight: 400; text-align: center; }
-thead th { position: sticky; top: 0; z-index: 1; padding: .35rem 0; }
-tfoot th { position: sticky; bottom: 0; z-index: 1; padding: .35rem 0; font-size: 10px; }
-th[scope=row], .corner { position: sticky; left: 0; z-index: 2; text-align: right; padding: 0 .5rem 0 .35rem;
-  max-width: min(14rem, 38vw); overflow: hidden; text-overflow: ellipsis; white-space: pre; }
-thead .corner, tfoot .corner { z-index: 3; color: var(--dim); font-size: 12px; }
-th.new { color: rgb(var(--ran)); font-weight: 700; }
-tr.first > * { border-top: 2px solid var(--ink); }
-td { min-width: 22px; width: 22px; height: 22px; padding: 0; border-radius: 2px; }
-td.r, i.r { background: rgb(var(--ran) / calc(.22 + .78 * var(--m, 0))); }
-td.s { box-shadow: inset 0 0 0 1px var(--line); }
-td.d, i.d { background: var(--dense); }
-td:hover, td.at { outline: 2px solid var(--ink); }
-output { display: block; min-height: 1.5em; margin: .5rem 0; overflow-wrap: anywhere;
-  font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
-"""
-PAGE_SCRIPT = """
-let at = null;
-document.querySelector("tbody").addEventListener("click", event => {
-  const cell = event.target.closest("td");
-  if (!cell) return;
-  if (at) at.classList.remove("at");
-  at = cell;
-  at.classList.add("at");
-  document.querySelector("output").textContent = cell.title;
-});
-"""
-"""Shows the tooltip of a cell that is tapped, where there is nothing to hover with."""
-
-
 def draw_html(found: Routes, name: str, file: Path) -> None:
     """Writes the same as one page; its arguments are those of :func:`draw_png`."""
-    file.write_text("\n".join(_page(found, name)) + "\n", encoding="utf-8")
+    section = Section(title="", blocks=[routing_map(found)])
+    write_page(
+        file, shortened(name, 120), [section], subtitle=_subtitle(found), kicker="pliant routes", most_bytes=None
+    )
 
 
-def _page(found: Routes, name: str) -> Iterator[str]:
-    title = escape(shortened(name, 120))
-    yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>Routes: {title}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n<body>"
-    yield f'<h1>{title}</h1>\n<p class="dim">{escape(_subtitle(found))}</p>\n<p>{escape(found.summary)}</p>'
-    yield '<div class="legend"><span><i></i> skipped</span>'
+def routing_map(found: Routes, title: str = "") -> HeatMap:
+    """Returns tokens by layers for a page; a tap on a cell says score and threshold."""
+    legend = [Swatch(kind="s", after="skipped")]
     if len(found.layers) < found.num_layers:
-        yield '<span><i class="d"></i> dense layer</span>'
+        legend.append(Swatch(kind="d", after="dense layer"))
     if found.far:
-        yield f'<span>ran, score − τ: 0 <i class="scale"></i> {found.far:.2g} or more</span>'
+        legend.append(Swatch(kind="scale", before="ran, score − τ: 0", after=f"{found.far:.2g} or more"))
     else:
-        yield '<span><i class="r" style="--m:1"></i> ran</span>'
-    yield "</div>\n<output>Point at a cell, or tap it.</output>\n"
-    yield '<div class="scroll" tabindex="0">\n<table>\n<thead><tr><th class="corner">layer</th>'
-    yield "".join(f'<th scope="col">{index}</th>' for index in range(found.num_layers))
-    yield "</tr></thead>\n<tbody>"
-    for position in range(len(found.tokens)):
-        yield _row(found, position)
-    yield '</tbody>\n<tfoot><tr><th class="corner">ran, %</th>'
+        legend.append(Swatch(kind="r", after="ran"))
     shares = (found.layers[index].share if index in found.layers else None for index in range(found.num_layers))
-    yield "".join(f"<th>{'' if share is None else f'{share:.0%}'[:-1]}</th>" for share in shares)
-    yield f"</tr></tfoot>\n</table>\n</div>\n<script>{PAGE_SCRIPT}</script>\n</body>\n</html>"
+    return HeatMap(
+        title=title,
+        corner="layer",
+        columns=[str(index) for index in range(found.num_layers)],
+        rows=[_row(found, position) for position in range(len(found.tokens))],
+        legend=legend,
+        foot=("ran, %", ["" if share is None else f"{share:.0%}"[:-1] for share in shares]),
+        notes=[found.summary],
+    )
 
 
-def _row(found: Routes, position: int) -> str:
+def _row(found: Routes, position: int) -> HeatRow:
     token = found.tokens[position]
-    start = '<tr class="first">' if token.is_new and not found.tokens[position - 1].is_new else "<tr>"
-    kind, label = "new" if token.is_new else "given", escape(cropped(token.label, WIDEST_HEADING))
-    heading = f'<th scope="row" class="{kind}">{label}</th>'
-    cells = "".join(_cell(found, layer, position) for layer in range(found.num_layers))
-    return f"{start}{heading}{cells}</tr>"
+    return HeatRow(
+        label=cropped(token.label, WIDEST_HEADING),
+        cells=[_mark(found, layer, position) for layer in range(found.num_layers)],
+        kind="new" if token.is_new else "given",
+        starts=token.is_new and not found.tokens[position - 1].is_new,
+    )
 
 
-def _cell(found: Routes, layer: int, position: int) -> str:
-    title = escape(told(found, layer, position))
+def _mark(found: Routes, layer: int, position: int) -> Mark:
+    title = told(found, layer, position)
     if (routed := found.layers.get(layer)) is None:
-        return f'<td class="d" title="{title}"></td>'
+        return Mark(kind="d", title=title)
     if not routed.runs[position]:
-        return f'<td class="s" title="{title}"></td>'
-    return f'<td class="r" style="--m:{strength(routed.margin(position), found.far):.2f}" title="{title}"></td>'
+        return Mark(kind="s", title=title)
+    return Mark(kind="r", title=title, strength=0.15 + 0.85 * strength(routed.margin(position), found.far))

@@ -63,7 +63,7 @@ def routes(
     pliant routes outputs/mod --prompt-file essay.txt --output outputs/routes.html
     """
     given = locals()  # every option by its name
-    text = _prompt(prompt, prompt_file)
+    text = prompt_text(prompt, prompt_file)
     if output is not None:
         _check_output(output)
     if not as_json:
@@ -80,11 +80,17 @@ def routes(
     elif output is not None:
         results.print(found.summary, markup=False, soft_wrap=True)
     else:
-        for line in rendered(found, results.width, _colours(results.color_system)):
+        for line in rendered(found, results.width, colours_of(results.color_system)):
             results.print(line, soft_wrap=True)
 
 
-def _prompt(given: str | None, file: Path | None) -> str:
+def prompt_text(given: str | None, file: Path | None) -> str:
+    """Returns the text of ``--prompt`` or ``--prompt-file``.
+
+    Raises:
+        BadParameter: Neither or both are given.
+        DataError: It holds nothing but white space, or the file cannot be read.
+    """
     from pliant.data import read_text
 
     if (given is None) == (file is None):
@@ -270,7 +276,7 @@ def trace(model: Any, prompt: str, new_tokens: int = 0) -> Routes:
     }
     tokens = [
         Token(id=token, text=text, is_new=position >= length)
-        for position, (token, text) in enumerate(zip(ids[0].tolist(), _texts(tokenizer, ids), strict=True))
+        for position, (token, text) in enumerate(zip(ids[0].tolist(), token_texts(tokenizer, ids), strict=True))
     ]
     return Routes(
         tokens=tokens,
@@ -281,7 +287,7 @@ def trace(model: Any, prompt: str, new_tokens: int = 0) -> Routes:
     )
 
 
-def _texts(tokenizer: "PreTrainedTokenizerBase", ids: "Int[Tensor, '1 tokens']") -> Iterator[str]:
+def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: "Int[Tensor, '1 tokens']") -> Iterator[str]:
     """Yields the text of each token, with the space before a word that some tokenizers drop there."""
     for token in ids[0].tolist():
         piece = str(tokenizer.convert_ids_to_tokens(token))
@@ -342,7 +348,8 @@ def told(found: Routes, layer: int, position: int) -> str:
     return f"{start} · score {score:.3g} {relation} τ {shown} · {outcome}"
 
 
-def _colours(system: str | None) -> Sequence[str]:
+def colours_of(system: str | None) -> Sequence[str]:
+    """The colours of a terminal, from weak to strong; none where it has none."""
     if system is None:
         return ()
     return COLOURS if system in ("256", "truecolor") else FEW_COLOURS
@@ -373,7 +380,7 @@ def rendered(found: Routes, width: int, colours: Sequence[str] = ()) -> Iterator
 def _block(found: Routes, indices: list[int], label_width: int, cell: int, colours: Sequence[str]) -> Iterator[Text]:
     layers, far = [found.layers[index] for index in indices], found.far
     blank = " " * (label_width + 1)
-    for row in _numbers(indices, cell):
+    for row in numbers(indices, cell):
         yield Text(f"{blank}{row}".rstrip(), style="bold")
     for position, token in enumerate(found.tokens[:SHOWN_TOKENS]):
         if token.is_new and not found.tokens[position - 1].is_new:
@@ -390,11 +397,11 @@ def _block(found: Routes, indices: list[int], label_width: int, cell: int, colou
         line.rstrip()
         yield line
     shares = [round(100 * layer.share) for layer in layers]
-    for number, row in enumerate(_numbers(shares, cell)):
+    for number, row in enumerate(numbers(shares, cell)):
         yield Text(f"{'ran, %' if not number else '':<{label_width}} {row}".rstrip(), style="bold")
 
 
-def _numbers(values: Sequence[int], cell: int) -> list[str]:
+def numbers(values: Sequence[int], cell: int) -> list[str]:
     """Numbers side by side in cells, upright where they are too wide."""
     texts = [str(value) for value in values]
     most = max(len(text) for text in texts)

@@ -49,9 +49,9 @@ def train(
         typer.Option(
             "--config-name",
             help="A recipe (readme, guide, plan, npt_equivalence, npt_finetune, lora_baseline, from_scratch_50m, "
-            "from_scratch_0_5b, mod_attention, mod_scratch, dtf_transfer, dtf_scratch, stt_transfer, "
-            "debug_equivalence, debug_sft, debug_scratch), or a YAML file of yours: it needs only the keys that "
-            "differ.",
+            "from_scratch_0_5b, mod_attention, mod_scratch, dtf_transfer, dtf_scratch, stt_transfer, compare_sft, "
+            "compare_domain, compare_metamath, debug_equivalence, debug_sft, debug_scratch), or a YAML file of yours: "
+            "it needs only the keys that differ.",
             rich_help_panel=SETTINGS,
         ),
     ] = "base",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pliant.architectures import ARCHITECTURES, RoutedConfig
 from pliant.architectures.base import nearest
 from pliant.config.model import FORM_OPTIONS, ROUTED_OPTIONS, ModelConfig
-from pliant.config.sections import HALF, ROUTING_SCHEDULES, STAGES, DataConfig, TrainingConfig
+from pliant.config.sections import ADAPTERS, HALF, ROUTING_SCHEDULES, STAGES, DataConfig, TrainingConfig
 from pliant.errors import ConfigError
 
 ALIASES = {"sdt": "dtf"}
@@ -139,7 +139,7 @@ class RunConfig:
         if training.trainable == "modulation":
             raise ConfigError(
                 "training.trainable=modulation needs added parameters; got model_type=dense. Set "
-                "training.trainable to lora or all."
+                "training.trainable to lora, dora, ia3 or all."
             )
         if training.use_regularization:
             raise ConfigError(
@@ -190,7 +190,7 @@ class RunConfig:
         if training.trainable == "all" and model.quantization != "none":
             raise ConfigError(
                 f"training.trainable=all trains the base, which model.quantization={model.quantization} freezes. "
-                "Set training.trainable to modulation or lora."
+                "Set training.trainable to modulation, lora, dora or ia3."
             )
 
     def _check_precision(self) -> None:
@@ -220,10 +220,10 @@ class RunConfig:
             )
         if training.save_delta is not False:
             return
-        if training.trainable == "lora":
+        if training.trainable in ADAPTERS:
             raise ConfigError(
-                "training.save_delta=false saves the whole model, but training.trainable=lora saves adapters. "
-                "Leave it out."
+                f"training.save_delta=false saves the whole model, but training.trainable={training.trainable} saves "
+                "adapters. Leave it out."
             )
         if model.quantization != "none":
             raise ConfigError(

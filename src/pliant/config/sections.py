@@ -13,7 +13,12 @@ from pliant.errors import ConfigError
 
 OBJECTIVES = ("equivalence", "causal_lm", "sft")
 STAGES = ("layerwise", "end_to_end")
-TRAINABLE = ("modulation", "lora", "all")
+ADAPTERS = ("lora", "dora", "ia3")
+"""What peft trains beside a frozen base."""
+IA3_TARGETS = ("k_proj", "v_proj", "down_proj")
+IA3_INPUTS = ("down_proj",)
+"""Projections that IA3 scales, and those of them whose input it scales, not their output."""
+TRAINABLE = ("modulation", *ADAPTERS, "all")
 HIDDEN_LOSSES = ("normalised", "mse")
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -133,7 +138,10 @@ class TrainingConfig:
             sixteenths of the way; 0 leaves it as it is.
         threshold_fraction: Share of the steps, the last ones, in which tokens are chosen by the threshold, as ever
             after, and not as the highest of their row.
-        trainable: ``modulation`` (the base stays bit for bit), ``lora`` (adapters by peft beside it), or ``all``.
+        trainable: ``modulation`` (the base stays bit for bit), adapters by peft beside it (``lora``; ``dora``, which
+            learns the length of each row of ``W`` apart from its direction, arXiv 2402.09353; ``ia3``, which scales
+            keys, values and the input of ``down_proj``, arXiv 2205.05638), or ``all``.
+        lora_rank: This and the three after it are of ``lora`` and ``dora``; ``ia3`` has nothing to set.
         max_steps: Optimizer steps; ``null`` runs ``num_epochs``.
         mixed_precision: ``no``, ``bf16`` or ``fp16``. A frozen base is held in that type; a trained one stays fp32
             under autocast.

@@ -44,7 +44,8 @@ def calibrate(
     Raises:
         ConfigError: The model has no routed layers, or ``capacity`` is outside its range.
         DataError: There is too little text, or scores are not finite.
-        In each of these cases the model is unchanged.
+
+    In each of these cases the model is unchanged.
     """
     layers = model.routed_layers if isinstance(model, DynamicCausalLM) else {}
     if not isinstance(model, DynamicCausalLM) or not layers:

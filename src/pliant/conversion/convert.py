@@ -56,7 +56,8 @@ def convert(
         ConversionError: The model, a layer, a rank or the quantisation does not allow it.
         ConfigError: ``config`` and ``layers`` contradict each other.
         DataError: The calibration text is missing or too short.
-        In each of these cases the model is unchanged.
+
+    In each of these cases the model is unchanged.
     """
     family = _check_model(model)
     wanted = _resolve(config, layers, model.config.num_hidden_layers)

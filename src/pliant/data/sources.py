@@ -65,6 +65,12 @@ def articles(records: Iterable[Record]) -> Iterator[str]:
         yield "".join(lines)
 
 
+def worked_problems(records: Iterable[Record]) -> Iterator[str]:
+    """Yields problems with their solutions, a text each."""
+    for record in records:
+        yield f"Question: {record['query']} Think step by step.\nAnswer: {record['response']}"
+
+
 TITLE = re.compile(r"= [^=](.*[^=])? =")
 
 C4_SHARDS = {
@@ -106,6 +112,9 @@ DATASETS: dict[str, DatasetSource] = {
         eval_split="test_sft",
     ),
     "alpaca": DatasetSource(hub_id="tatsu-lab/alpaca", kind="chat", columns=("instruction", "input", "output")),
+    "metamathqa": DatasetSource(  # as text, in the form that PEFT's comparison of methods trains on
+        hub_id="meta-math/MetaMathQA", kind="text", columns=("query", "response"), join=worked_problems
+    ),
     "dolly-15k": DatasetSource(
         hub_id="databricks/databricks-dolly-15k", kind="chat", columns=("instruction", "context", "response")
     ),

@@ -1,5 +1,7 @@
-"""What edits and conversions do to a model, measured on records of known tasks."""
+"""What edits and conversions do to a model: editors on cases, and benchmark tasks beside the base."""
 
+from pliant.evaluation.benchmark_run import evaluate_tasks
+from pliant.evaluation.benchmarks import Benchmarks
 from pliant.evaluation.cases import EditCase, counterfact, squad, zsre
 from pliant.evaluation.editing import neighbour_continuations, score_case, score_cases
 from pliant.evaluation.editors import EDITORS, Learn
@@ -9,12 +11,16 @@ from pliant.evaluation.intervals import Interval, paired_difference, recovered, 
 from pliant.evaluation.retention import HeldOut, choice_records, held_out_tokens, hellaswag, mmlu
 from pliant.evaluation.scoring import AnswerScores, answer_log_probs, continuations, free_answers, free_running_exact
 from pliant.evaluation.suites import SUITES, evaluate
+from pliant.evaluation.tasks import TASK_NAMES, TASKS
 
 __all__ = [
     "EDITORS",
     "MODES",
     "SUITES",
+    "TASKS",
+    "TASK_NAMES",
     "AnswerScores",
+    "Benchmarks",
     "EditCase",
     "HeldOut",
     "Interval",
@@ -27,6 +33,7 @@ __all__ = [
     "evaluate_batches",
     "evaluate_edits",
     "evaluate_sequence",
+    "evaluate_tasks",
     "free_answers",
     "free_running_exact",
     "held_out_tokens",

@@ -1,6 +1,6 @@
 """Means over records with bootstrap intervals, and differences of two runs on the same cases."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -113,6 +113,28 @@ def recovered(before: Records, upper: Records, after: Records, field: str) -> In
     low, high, now = (_means(_column([side[name] for name in common], field), weights) for side in sides)
     gap = high - low
     return _interval(np.divide(now - low, gap, out=np.full_like(gap, np.nan), where=gap != 0), len(common))
+
+
+def ratio_of_sums(
+    records: Records, field: str, weight: str, *, transform: Callable[[np.ndarray], np.ndarray] = np.positive
+) -> Interval:
+    """Returns ``transform(Σ field / Σ weight)`` over the records: a mean over tokens where a record is a text of many.
+
+    Args:
+        records: What is resampled.
+        field: A sum over what a record holds.
+        weight: How much that is, such as its number of tokens.
+        transform: Taken of the quotient, such as ``numpy.exp`` for a perplexity.
+
+    Raises:
+        DataError: There are no records.
+    """
+    if not records:
+        raise DataError("records must hold at least one record; got none. Evaluate some text first.")
+    weights = _weights(len(records))
+    total, amount = weights @ _column(records, field), weights @ _column(records, weight)
+    with np.errstate(over="ignore"):
+        return _interval(transform(total / amount), len(records))
 
 
 def _is_number(value: Any) -> bool:

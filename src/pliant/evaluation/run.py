@@ -70,7 +70,7 @@ class EditRun:
             raise ConfigError(f"name must be a file name other than 'before'; got {name!r}. Name the editor.")
         tokens = held_out_tokens(tokenizer) if held_out is None else held_out
         prepare_folder(model, self.folder)
-        own = {"settings": settings or {}, "held_out": _hash(tokens.tolist()), "entropy": entropy}
+        own = {"settings": settings or {}, "held_out": json_hash(tokens.tolist()), "entropy": entropy}
         check_settings(self.folder / f"{name}.settings.json", own)
         self.before = self._before()
         self.held_out = HeldOut(model, tokens)
@@ -161,7 +161,7 @@ def prepare_folder(model: DynamicCausalLM, folder: str | os.PathLike) -> None:
     own = {
         "base": digest(fingerprint(model)),
         "dtype": str(model.dtype),
-        "changes": _hash([model.config.pliant, added]) if added else None,
+        "changes": json_hash([model.config.pliant, added]) if added else None,
         "edits": [edit.id for edit in model.edits],
     }
     check_settings(Path(folder) / "settings.json", own)
@@ -169,10 +169,10 @@ def prepare_folder(model: DynamicCausalLM, folder: str | os.PathLike) -> None:
 
 def case_hash(cases: Sequence[EditCase]) -> str:
     """Returns twelve digits that stand for cases."""
-    return _hash([astuple(case) for case in cases])
+    return json_hash([astuple(case) for case in cases])
 
 
-def _hash(value: Any) -> str:
+def json_hash(value: Any) -> str:
     """Twelve digits that stand for JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pliant.architectures.base import nearest
+from pliant.architectures.base import from_fields, nearest
 from pliant.errors import ConfigError
+from pliant.evaluation.benchmark_run import evaluate_tasks
+from pliant.evaluation.benchmarks import Benchmarks
 from pliant.evaluation.cases import EditCase, counterfact, squad, zsre
 from pliant.evaluation.editors import editor_named, editor_settings
 from pliant.evaluation.evaluate import COUNTS, evaluate_batches, evaluate_edits, evaluate_sequence
@@ -19,30 +21,37 @@ from pliant.evaluation.intervals import paired_difference, summary
 from pliant.evaluation.records import Record, Records
 from pliant.evaluation.retention import ChoiceQuestion, choice_records, held_out_tokens, hellaswag, mmlu
 from pliant.evaluation.run import EditRun, prepare_folder
+from pliant.evaluation.tasks import TASK_NAMES
 from pliant.metrics import compare_to_base
 from pliant.models import DynamicCausalLM
 from pliant.statistics import Progress
 
 SUITES = ("counterfact", "zsre", "squad_closed_book", "retention")
 RETENTION_TOKENS = 12_288
+RECORDS = 100
+EDITORS_SHOWN = ("untouched", "in_context", "auto")
 
 
 def evaluate(
     model: DynamicCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    suite: str,
-    editors: Sequence[str] = ("untouched", "in_context", "auto"),
+    suite: str | None = None,
+    editors: Sequence[str] = EDITORS_SHOWN,
     *,
     output: str | os.PathLike,
+    tasks: Sequence[str] | None = None,
     data: str | os.PathLike | None = None,
-    records: int | None = 100,
+    records: int | None = RECORDS,
     start: int = 0,
     mode: str = "single",
     counts: Sequence[int] = COUNTS,
     entropy: bool = False,
     progress: Progress | None = None,
+    **benchmarks: Any,
 ) -> dict[str, Any]:
-    """Measures what editors do to a model on a suite of cases; a run that was stopped goes on.
+    """Measures editors on a suite of cases, or a model on benchmark tasks; a run that was stopped goes on.
+
+    Exactly one of ``suite`` and ``tasks`` is given; ``records`` to ``entropy`` go with a suite only.
 
     Args:
         model: A pliant model, dense or converted; edits that it carries already count as part of it.
@@ -52,7 +61,9 @@ def evaluate(
         editors: Names in ``pliant.evaluation.EDITORS``.
         output: Folder for the records, one for each suite and model. Editors that were measured there before are
             reported too.
-        data: File of the cases, for ``counterfact`` and ``zsre``.
+        tasks: Names in ``pliant.evaluation.TASK_NAMES``, such as ``perplexity`` and ``hellaswag``; where the hub is
+            reachable, any of lm-eval's.
+        data: File of the cases, for ``counterfact`` and ``zsre``; with tasks, of the text for perplexity.
         records: How many cases, or multiple-choice questions of each kind; None for all.
         start: The first case, counted from 0.
         mode: Edits stand alone (``single``), come one after another (``sequential``), or are made of many cases at
@@ -60,14 +71,40 @@ def evaluate(
         counts: After how many edits to measure, for the last two.
         entropy: Measure the generation entropy too, which is slow.
         progress: Called with a label, the cases done and the cases there are.
+        benchmarks: With tasks, further fields of :class:`pliant.evaluation.Benchmarks`: ``limit``, ``num_fewshot``,
+            ``batch_size``, ``seed``, ``data_dir``, ``base`` and others.
 
     Returns:
-        What :func:`pliant.evaluation.report` returns, or, for ``retention``, what :func:`retention` does.
+        What :func:`pliant.evaluation.report` returns; for ``retention``, what :func:`retention` does; for tasks, what
+        :func:`pliant.evaluation.evaluate_tasks` does.
 
     Raises:
         ConfigError: A name or a number is wrong, or the folder holds results of other settings.
         DataError: The file cannot be read, or the embedded texts are not installed.
     """
+    if (suite is None) == (tasks is None):
+        raise ConfigError(
+            f"evaluate needs exactly one of suite and tasks; got suite={suite!r} and tasks={tasks!r}. Suites are "
+            f"{', '.join(SUITES)}; tasks are {', '.join(TASK_NAMES)}."
+        )
+    if tasks is not None:
+        if (
+            mode != "single"
+            or start
+            or entropy
+            or records != RECORDS
+            or counts != COUNTS
+            or tuple(editors) != EDITORS_SHOWN
+        ):
+            raise ConfigError(
+                "tasks take limit, and not editors, records, start, mode, counts or entropy; got one of these. Leave "
+                "it out."
+            )
+        wanted: Benchmarks = from_fields(Benchmarks, {"tasks": tasks, "data": data, **benchmarks})
+        return evaluate_tasks(model, tokenizer, wanted, output=output, progress=progress)
+    if benchmarks:
+        raise ConfigError(f"{next(iter(benchmarks))} goes with tasks only; got suite={suite!r}. Leave it out.")
+    assert suite is not None
     if suite == "retention":
         if data is not None or start or mode != "single":
             raise ConfigError("suite='retention' takes no data, start or mode; got one of them. Leave it out.")

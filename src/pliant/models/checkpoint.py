@@ -244,9 +244,11 @@ def load_adapters(model: Any, directory: str | os.PathLike) -> None:
         CheckpointError: The adapters are for another model.
     """
     from peft import PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     config = PeftConfig.from_pretrained(str(directory))
     inject_adapter_in_model(config, model)
+    cast_adapter_dtype(model, "default")  # to fp32, as they were trained: else they take the base's dtype
     saved = load_peft_weights(str(directory), device="cpu")
     weights = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}  # of the peft model
     result = set_peft_model_state_dict(model, weights)

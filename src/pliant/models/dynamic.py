@@ -317,6 +317,7 @@ class DynamicCausalLM(_StartValues):
         files.check_destination(save_directory, delta=delta)
         is_main_process, state_dict = options.get("is_main_process", True), options.get("state_dict")
         ledger_file.check_saving(self, options)
+        vars(self.config).pop("auto_map", None)  # of a folder with remote code; this one gets none
         if delta:
             if further := options.keys() - {"is_main_process", "state_dict"}:
                 raise CheckpointError(

@@ -1,5 +1,6 @@
-"""A model with its edits in the weights: ordinary files of the base's own size and class."""
+"""A model for others: its edits in the weights, and where asked for its code and its card beside them."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -10,17 +11,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from pliant.errors import CheckpointError, EditError
 from pliant.models.checkpoint import save_tokenizer
 from pliant.models.dynamic import DynamicCausalLM
 from pliant.models.families import family_of
 from pliant.models.ledger import is_plain, is_projection
+from pliant.models.remote_code import add_remote_code, check_remote_code
 
+CARD_NAME = "README.md"
 SHOWN_FILES = 3
 
 
-def export_merged(model: DynamicCausalLM, folder: str | os.PathLike) -> None:
+def export_merged(
+    model: DynamicCausalLM, folder: str | os.PathLike, *, remote_code: bool = False, card: str | None = None
+) -> None:
     """Saves ``model`` with its edits merged into the weights, tokenizer and generation settings included.
 
     A dense model becomes one of the base's own class, which loads without pliant; a converted one stays what it is.
@@ -29,14 +35,19 @@ def export_merged(model: DynamicCausalLM, folder: str | os.PathLike) -> None:
     Args:
         model: A pliant model in memory, neither quantised nor adapted.
         folder: New or empty folder; it is there whole or not at all.
+        remote_code: Put the code of a converted model beside its weights, so that it too loads without pliant, with
+            ``trust_remote_code=True``. A dense model needs none.
+        card: Text of its ``README.md``; none by default.
 
     Raises:
-        CheckpointError: ``folder`` holds something.
+        CheckpointError: ``folder`` holds something, or ``remote_code`` does not know the architecture.
         EditError: The model's weights cannot hold its edits, or writing failed.
     """
     target = Path(folder)
     _check_destination(target)
     _check_model(model)
+    if remote_code:
+        check_remote_code(model)
     merged = _merged_model(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.export-"
@@ -46,6 +57,12 @@ def export_merged(model: DynamicCausalLM, folder: str | os.PathLike) -> None:
     try:
         merged.save_pretrained(staged)
         save_tokenizer(model.config._name_or_path, staged)
+        if model.spec.layers:
+            _forget_path(staged / CONFIG_NAME)
+            if remote_code:
+                add_remote_code(staged, family_of(model.config))
+        if card is not None:
+            (staged / CARD_NAME).write_text(card, encoding="utf-8")
         staged.chmod(0o755)
         os.replace(staged, target)
     except (OSError, SafetensorError) as error:
@@ -55,6 +72,14 @@ def export_merged(model: DynamicCausalLM, folder: str | os.PathLike) -> None:
         ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _forget_path(file: Path) -> None:
+    """Takes a base that is a path of this machine out of a configuration: what is exported is given away, and whole."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if os.path.isabs(config["pliant"]["base"].get("name") or ""):
+        config["pliant"]["base"] = {}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_destination(folder: Path) -> None:

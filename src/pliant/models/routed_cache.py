@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from pliant.architectures.routing import Selection
 from pliant.errors import ConfigError

@@ -1,5 +1,6 @@
 """From a run's configuration to the model that is trained."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from pliant.config import RunConfig
+from pliant.config import RunConfig, TrainingConfig
+from pliant.config.sections import ADAPTERS, IA3_INPUTS, IA3_TARGETS
 from pliant.conversion import convert
 from pliant.conversion.routed import CALIBRATION_TOKENS as ROUTED_TOKENS
 from pliant.data import calibration_tokens, read_text, token_windows
@@ -36,10 +38,10 @@ def build_model(config: RunConfig, resume_from: Path | None = None) -> tuple[Any
         PliantError: A part of the configuration cannot be met; which one the message says.
     """
     training = config.training
-    if training.trainable == "lora":
+    if training.trainable in ADAPTERS:
         model = _adapted(config, resumed=resume_from is not None)
     else:
-        model = _start(config) if resume_from is None else _load(config, str(resume_from))
+        model = _start(config) if resume_from is None else load_model(config, str(resume_from))
         if not can_save_delta(model, config):
             _refuse_delta(config)
         model.requires_grad_(True) if training.trainable == "all" else model.freeze_base()
@@ -85,7 +87,7 @@ def _teacher(config: RunConfig) -> DynamicCausalLM:
             f"{config.model.checkpoint_path!r}; it was trained, and is no longer at hand. Set "
             "training.objective=causal_lm."
         )
-    teacher: Any = _load(config, name)
+    teacher: Any = load_model(config, name)
     return teacher.requires_grad_(False).eval().to(_device())
 
 
@@ -121,7 +123,7 @@ def _start(config: RunConfig) -> DynamicCausalLM:
             options.base_model_name, options.sizes, seed=training.seed, attn_implementation=attention
         ).to(_device())
     else:
-        model = _load(config, options.checkpoint_path or options.base_model_name)
+        model = load_model(config, options.checkpoint_path or options.base_model_name)
     if config.model_type != "dense" and options.checkpoint_path is None:
         _convert(model, config)
     return model
@@ -153,7 +155,8 @@ def _calibration(config: RunConfig, num_tokens: int) -> Tensor:
     return token_windows(read_text(config.model.calibration), tokenizer, num_tokens=num_tokens)
 
 
-def _load(config: RunConfig, name: str) -> DynamicCausalLM:
+def load_model(config: RunConfig, name: str) -> DynamicCausalLM:
+    """Returns the model ``name``, held, quantised and placed as a run of ``config`` holds its own."""
     options, training = config.model, config.training
     given: dict[str, Any] = {"dtype": getattr(torch, config.held_dtype)}
     if options.quantization != "none":
@@ -190,14 +193,14 @@ def _keep_packing(model: DynamicCausalLM) -> None:
 
 
 def _adapted(config: RunConfig, *, resumed: bool) -> Any:
-    """A peft model with LoRA adapters; on a converted one the modulation is trained beside them."""
+    """A peft model with adapters; on a converted one the modulation is trained beside them."""
+    training = config.training
     try:
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import get_peft_model
     except ImportError as error:
         raise ConfigError(
-            "training.trainable=lora needs peft, which is not installed: pip install 'pliant[peft]'."
+            f"training.trainable={training.trainable} needs peft, which is not installed: pip install 'pliant[peft]'."
         ) from error
-    training = config.training
     start = Path(training.output_dir) / START
     converted = config.model_type != "dense"
     if resumed and converted:
@@ -206,22 +209,36 @@ def _adapted(config: RunConfig, *, resumed: bool) -> Any:
                 f"training.output_dir={training.output_dir!r} must hold the folder {START}, the model that its "
                 "adapters were trained on; it does not. Put it back, or begin anew in another folder."
             )
-        model = _load(config, str(start))
+        model = load_model(config, str(start))
     else:
         model = _start(config)
         if converted:
             _save_start(model, training.output_dir)
     if converted:
         model.name_or_path = str(start.absolute())  # what the adapters record as their base
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+    return get_peft_model(model, adapter_config(training, modules_to_save=_added_modules(model)))
+
+
+def adapter_config(training: TrainingConfig, *, modules_to_save: Sequence[str] = ()) -> Any:
+    """Returns peft's configuration of the adapters that ``training.trainable`` names.
+
+    Args:
+        training: Their kind and size.
+        modules_to_save: Names of modules that are trained and saved whole.
+    """
+    from peft import IA3Config, LoraConfig, TaskType
+
+    common: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "modules_to_save": list(modules_to_save) or None}
+    if training.trainable == "ia3":
+        return IA3Config(target_modules=list(IA3_TARGETS), feedforward_modules=list(IA3_INPUTS), **common)
+    return LoraConfig(
         r=training.lora_rank,
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
         target_modules=list(training.lora_targets),
-        modules_to_save=_added_modules(model) or None,
+        use_dora=training.trainable == "dora",
+        **common,
     )
-    return get_peft_model(model, lora)
 
 
 def _added_modules(model: DynamicCausalLM) -> list[str]:

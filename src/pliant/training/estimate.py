@@ -2,7 +2,7 @@
 
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from pliant.architectures import NptConfig
 from pliant.architectures.base import AddedModule, LayerConfig
-from pliant.config import ModelConfig, RunConfig
+from pliant.config import ModelConfig, RunConfig, TrainingConfig
+from pliant.config.sections import ADAPTERS, IA3_INPUTS, IA3_TARGETS
 from pliant.conversion.routed import with_partners
 from pliant.conversion.summary import BF16_BYTES, FP32_BYTES, NF4_BITS
 from pliant.errors import CheckpointError, ConfigError, ConversionError
@@ -41,7 +42,7 @@ class ModelPlan:
         num_layers: Decoder layers.
         layers: The converted ones, with their forms.
         components: What their added parameters are called.
-        parameters: Of the base, of the conversion and of LoRA adapters together.
+        parameters: Of the base, of the conversion and of adapters together.
         trainable: Those that get a gradient.
         is_upper_bound: A rank is still ``auto``: calibration text settles it, the counts are those of full rank.
         not_checked: Why nothing could be counted.
@@ -272,19 +273,31 @@ def _count(built: Any, config: RunConfig) -> _Counts:
     added = sum(p.numel() for _, p in built.dynamic_parameters())
     linears = {name: module for name, module in built.model.named_modules() if isinstance(module, nn.Linear)}
     adapters = 0
-    if training.trainable == "lora":
-        adapted = [module for name, module in linears.items() if name.rpartition(".")[2] in training.lora_targets]
-        adapters = sum(training.lora_rank * (m.in_features + m.out_features) for m in adapted)
-        known = sorted({name.rpartition(".")[2] for name in linears})
-        wrong = [name for name in training.lora_targets if name not in known]
-        if wrong or not adapted:
-            raise ConfigError(
-                f"training.lora_targets must name projections of the model ({', '.join(known)}); got "
-                f"{wrong or training.lora_targets}."
-            )
+    if training.trainable in ADAPTERS:
+        adapters = _adapter_parameters(linears, training)
     trainable = base + added if training.trainable == "all" else added + adapters
     linear = sum(module.weight.numel() for module in linears.values())
     return _Counts(base=base, linear=linear, added=added, adapters=adapters, trainable=trainable)
+
+
+def _adapter_parameters(linears: Mapping[str, nn.Linear], training: TrainingConfig) -> int:
+    """Counts what peft adds to the projections of these paths."""
+
+    def named(targets: Sequence[str]) -> list[tuple[str, nn.Linear]]:
+        return [(last, m) for name, m in linears.items() if (last := name.rpartition(".")[2]) in targets]
+
+    if training.trainable == "ia3":
+        return sum(m.in_features if name in IA3_INPUTS else m.out_features for name, m in named(IA3_TARGETS))
+    adapted = named(training.lora_targets)
+    known = sorted({name.rpartition(".")[2] for name in linears})
+    wrong = [name for name in training.lora_targets if name not in known]
+    if wrong or not adapted:
+        raise ConfigError(
+            f"training.lora_targets must name projections of the model ({', '.join(known)}); got "
+            f"{wrong or training.lora_targets}."
+        )
+    magnitudes = sum(m.out_features for _, m in adapted) if training.trainable == "dora" else 0
+    return magnitudes + sum(training.lora_rank * (m.in_features + m.out_features) for _, m in adapted)
 
 
 def _memory(config: RunConfig, shape: PreTrainedConfig, counts: _Counts) -> list[MemoryLine]:

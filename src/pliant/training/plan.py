@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 from pliant.architectures import NptConfig
 from pliant.config import ModelConfig, RunConfig
+from pliant.config.sections import ADAPTERS
 from pliant.data.loading import EMBEDDED
 from pliant.errors import ConfigError
 from pliant.training.checkpoints import last_checkpoint
@@ -124,8 +125,8 @@ def _check_machine(config: RunConfig, device: str) -> None:
     needed = {tracker: f"training.report_to={tracker}" for tracker in training.report_to}  # packages of those names
     if model.quantization != "none":
         needed["bitsandbytes"] = f"model.quantization={model.quantization}"
-    if training.trainable == "lora":
-        needed["peft"] = "training.trainable=lora"
+    if training.trainable in ADAPTERS:
+        needed["peft"] = f"training.trainable={training.trainable}"
     if training.use_flash_attention:
         needed["flash_attn"] = "training.use_flash_attention=true"
     if training.mixed_precision == "fp16" and device == "cpu":

@@ -6,8 +6,9 @@ import sys
 import pytest
 
 VERBS = (
-    *("demo", "convert", "calibrate", "train", "info", "generate", "chat", "routes"),
-    *("consolidate", "inject", "evaluate"),
+    *("demo", "convert", "calibrate", "train", "compare", "info", "generate", "chat", "routes"),
+    *("inspect", "report"),
+    *("consolidate", "inject", "evaluate", "export", "serve"),
 )
 
 

@@ -76,6 +76,10 @@ KNOWN = {
     "ultrachat_200k": (ULTRACHAT, [chat("Hi", "Hello")]),
     "alpaca": (ALPACA, [chat("Add.\n\n1 and 2", "3"), chat("Greet.", "Hello")]),
     "dolly-15k": (DOLLY, [chat("Who?\n\nAnn won.", "Ann")]),
+    "metamathqa": (
+        [{"type": "GSM", "query": "1 + 1?", "response": "It is 2.", "original_question": "?"}],
+        ["Question: 1 + 1? Think step by step.\nAnswer: It is 2."],
+    ),
     "oasst1": (OASST, [chat("Hi", "Best", "More", "Sure")]),
 }
 HUB_IDS = (

@@ -8,12 +8,13 @@ from transformers import GPT2Config, LlamaConfig
 
 import pliant
 from pliant.architectures import NptConfig
-from pliant.config import RunConfig
+from pliant.config import RunConfig, TrainingConfig
 from pliant.config.composition import compose
 from pliant.errors import CheckpointError, ConfigError, PliantError
 from pliant.models import FAMILIES, PliantSpec
 from pliant.models.graft import with_spec
 from pliant.training import estimate, plan
+from pliant.training.build import adapter_config
 from pliant.training.plan import make_plan
 
 SHAPE = {
@@ -112,6 +113,19 @@ def test_adapters_are_counted_as_peft_makes_them(base, make_base, targets):
         f"model.base_model_name={base}",
         *("model_type=dense", "training.objective=sft", "training.trainable=lora", "training.lora_rank=3"),
         f"training.lora_targets=[{','.join(targets)}]",
+    )
+    trainable, total = model.get_nb_trainable_parameters()
+    assert (made.model.trainable, made.model.parameters) == (trainable, total)
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_other_adapters_are_counted_as_peft_makes_them(base, make_base, kind):
+    peft = pytest.importorskip("peft")
+    training = TrainingConfig(trainable=kind, objective="sft", lora_rank=3)
+    model = peft.get_peft_model(make_base(**{**SHAPE, "attention_bias": False}), adapter_config(training))
+    made = planned(
+        f"model.base_model_name={base}",
+        *("model_type=dense", "training.objective=sft", f"training.trainable={kind}", "training.lora_rank=3"),
     )
     trainable, total = model.get_nb_trainable_parameters()
     assert (made.model.trainable, made.model.parameters) == (trainable, total)
@@ -299,6 +313,7 @@ def test_what_cannot_be_read_or_converted_is_refused(converted, tmp_path, overri
     [
         ("model.quantization=nf4", "bitsandbytes"),
         ("training.trainable=lora", "peft"),
+        ("training.trainable=ia3", "peft"),
         ("training.report_to=[wandb]", "wandb"),
         ("training.report_to=[tensorboard]", "tensorboard"),
     ],

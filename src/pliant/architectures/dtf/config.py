@@ -1,9 +1,9 @@
 """How tokens are routed by the surprise of the layer before."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
-from pliant.architectures.routing.config import RoutedConfig, check_choice, check_flags, check_weights
+from pliant.architectures.routing.config import PARTS, RoutedConfig, check_choice, check_flags, check_weights
 from pliant.architectures.routing.surprise import CRITERIA, SURPRISES, check_factor, check_numbers
 from pliant.errors import ConfigError
 
@@ -38,6 +38,7 @@ class DtfConfig(RoutedConfig):
     beta_cu_init: float = -0.6
     prior_loss_weight: float = 0.05
     forecast: bool = False
+    parts: ClassVar[tuple[str, ...]] = PARTS[:2]
 
     def __post_init__(self) -> None:
         # Not `super()`: a dataclass with slots is a new class, and the method's own cell holds the old one.

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pliant.architectures.dtf.layer import DtfLayer
-from pliant.architectures.routing.reference import Reference, Rope, Ropes, Row, RowRoute, by_row, routed_row
+from pliant.architectures.routing.reference import Reference, Rope, Ropes, Row, RowRoute, by_row, finished, routed_row
 from pliant.architectures.routing.surprise_reference import distance, foreseen, surprise_of
 
 
@@ -39,6 +39,6 @@ def reference_output(
         for t in chosen if has_forecast else []:
             increment = (after[t] - before[t]).detach()
             losses[t] = losses[t] + (foreseen(layer.prior, before[t])[0] - increment).square().mean()
-        return after, chosen, [layer.layer_config.prior_loss_weight * loss for loss in losses]
+        return finished(layer, after, rope), chosen, [layer.layer_config.prior_loss_weight * loss for loss in losses]
 
     return by_row(row, torch.cat((h, entry), dim=-1), documents, ropes)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from pliant.architectures.routing.config import RoutedConfig, check_choice, check_weights
 
-PARTS = ("block", "attention", "mlp")
 GATES = ("raw", "sigmoid")
 SAMPLERS = ("router", "predictor")
 
@@ -14,7 +13,6 @@ class ModConfig(RoutedConfig):
     """A Mixture-of-Depths layer.
 
     Attributes:
-        granularity: What a token skips: the whole ``block``, its ``attention``, or its ``mlp``.
         gate: φ: the router's logit (``raw``) or its ``sigmoid``.
         sampler: What is held against the threshold: the logit of the ``router``, taught by a cross-entropy which side
             of it a token is on, or that of a ``predictor`` beside it, an MLP that the rest of the model does not feel.
@@ -25,7 +23,6 @@ class ModConfig(RoutedConfig):
         ConfigError: A field has a value outside its rule.
     """
 
-    granularity: str = "block"
     gate: str = "sigmoid"
     sampler: str = "router"
     auxiliary_loss_weight: float = 0.01
@@ -34,5 +31,5 @@ class ModConfig(RoutedConfig):
     def __post_init__(self) -> None:
         # Not `super()`: a dataclass with slots is a new class, and the method's own cell holds the old one.
         RoutedConfig.__post_init__(self)
-        check_choice(self, granularity=PARTS, gate=GATES, sampler=SAMPLERS)
+        check_choice(self, gate=GATES, sampler=SAMPLERS)
         check_weights(self, "auxiliary_loss_weight", "z_loss_weight")

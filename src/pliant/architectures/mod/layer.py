@@ -54,7 +54,6 @@ class ModLayer(RoutedLayer):
     def __init__(self, config: Any, layer_idx: int, layer_config: ModConfig) -> None:
         super().__init__(config, layer_idx, layer_config)
         self.router = LinearRouter(config.hidden_size, predicts=layer_config.sampler == "predictor")
-        self.part = layer_config.granularity
 
     def route(self, h: Hidden, documents: Tensor | None, memory: Memory | None) -> Route:
         """Ranks by the router's logit, and scores by that of the sampler."""

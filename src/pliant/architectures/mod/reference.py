@@ -13,8 +13,8 @@ from pliant.architectures.routing.reference import (
     Row,
     RowRoute,
     by_row,
+    finished,
     routed_row,
-    thought,
     unit,
 )
 
@@ -35,7 +35,7 @@ def reference_output(
         for t, (logit, sampler) in enumerate(zip(logits, samplers, strict=True)):
             missed = -functional.logsigmoid(sampler if t in chosen else -sampler)
             penalty.append(config.auxiliary_loss_weight * missed + config.z_loss_weight * logit**2)
-        return thought(layer, after, [], rope) if layer.part == "attention" else after, chosen, penalty
+        return finished(layer, after, rope), chosen, penalty
 
     return by_row(row, h, documents, ropes)
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from pliant.architectures.base import from_fields, nearest
 from pliant.errors import ConfigError
+
+PARTS = ("block", "attention", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +19,8 @@ class RoutedConfig:
         capacity_gamma: γ, the share of the tokens that enter, in (0, 1].
         gate_share: s in [0, 1]. The increment of a token is multiplied by ``1 + φ − sg[φ] + s (sg[φ] − 1)``: at 0 the
             value is 1, so that a converted model at γ = 1 is its base; at 1 it is the gate φ. The gradient is φ's.
+        granularity: What a token skips: the whole ``block``, its ``attention``, or its ``mlp``. The last is for layers
+            that need no memory of their own: it is in the cache of a layer that some tokens leave no keys in.
 
     Raises:
         ConfigError: A field has a value outside its rule.
@@ -24,6 +28,9 @@ class RoutedConfig:
 
     capacity_gamma: float = 0.5
     gate_share: float = 0.0
+    granularity: str = "block"
+    parts: ClassVar[tuple[str, ...]] = PARTS
+    """What ``granularity`` may be."""
 
     def __post_init__(self) -> None:
         if not is_number(self.capacity_gamma) or not 0 < self.capacity_gamma <= 1:
@@ -35,6 +42,7 @@ class RoutedConfig:
             raise ConfigError(
                 f"gate_share must be in [0, 1]; got {self.gate_share!r}. 0 multiplies by 1, 1 by the gate."
             )
+        check_choice(self, granularity=self.parts)
 
     def starts_at_layerwise_optimum(self) -> bool:
         """What a skipped token misses no parameter of the layer can bring back."""

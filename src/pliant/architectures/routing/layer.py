@@ -112,7 +112,7 @@ class RoutedLayer(nn.Module):
 
     def __init__(self, config: Any, layer_idx: int, layer_config: Any) -> None:
         super().__init__(config, layer_idx)
-        self.part = "block"
+        self.part = layer_config.granularity
         self.layer_idx, self.layer_config = layer_idx, layer_config
         self.active, self.by_threshold, self.calibrating = True, False, False
         self.recording: str | None = None

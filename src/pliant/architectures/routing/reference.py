@@ -79,6 +79,11 @@ def routed_row(
     return before, torch.stack(after), chosen
 
 
+def finished(layer: RoutedLayer, h: Row, rope: Rope) -> Row:
+    """Returns the states after the part that every token runs, where that comes last."""
+    return thought(layer, h, [], rope) if layer.part == "attention" else h
+
+
 def who_runs(layer: RoutedLayer, route: RowRoute, documents: list[int]) -> list[int]:
     """Returns the tokens that run: the highest-ranked while training, else those that reach the threshold."""
     if layer.training and not layer.by_threshold:

@@ -1,8 +1,9 @@
 """How tokens are routed by a student of a layer's own surprise."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from pliant.architectures.routing.config import RoutedConfig, check_choice, check_weights
+from pliant.architectures.routing.config import PARTS, RoutedConfig, check_choice, check_weights
 from pliant.architectures.routing.surprise import CRITERIA, check_factor, check_numbers
 from pliant.errors import ConfigError
 
@@ -30,6 +31,7 @@ class SttConfig(RoutedConfig):
     beta_cu_init: float = -0.6
     prior_loss_weight: float = 0.05
     student_loss_weight: float = 0.01
+    parts: ClassVar[tuple[str, ...]] = PARTS[:2]
 
     def __post_init__(self) -> None:
         # Not `super()`: a dataclass with slots is a new class, and the method's own cell holds the old one.

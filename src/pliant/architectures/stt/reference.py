@@ -6,13 +6,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from pliant.architectures.routing.reference import (
+    PARTS,
     Reference,
     Rope,
     Ropes,
     Row,
     RowRoute,
-    block,
     by_row,
+    finished,
     highest_of,
     routed_row,
     unit,
@@ -37,9 +38,9 @@ def reference_output(
         if not layer.training:
             route = RowRoute(scores=logits, ranks=logits, gate=ones)
             _, after, chosen = routed_row(layer, h_row, owners, rope, route)
-            return after, chosen, [torch.zeros(()) for _ in owners]
+            return finished(layer, after, rope), chosen, [torch.zeros(()) for _ in owners]
         with torch.no_grad():
-            dense = whole_part(layer, block, fixed, owners, rope)
+            dense = whole_part(layer, PARTS[layer.part], fixed, owners, rope)
         changes = dense - fixed
         missed = [
             distance(change, foreseen(layer.prior, before)[0], None)
@@ -52,7 +53,7 @@ def reference_output(
         for t, logit in enumerate(logits):
             wrong = -functional.logsigmoid(logit if t in taught else -logit)
             penalty.append(config.student_loss_weight * wrong + config.prior_loss_weight * missed[t])
-        return after, chosen, penalty
+        return finished(layer, after, rope), chosen, penalty
 
     return by_row(row, h, documents, ropes)
 

@@ -1,0 +1,325 @@
+"""Write docs/results.md: the claims of benchmarks/, the figures that are stored, and the commands that measure them."""
+
+import ast
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+PAGE = ROOT / "docs" / "results.md"
+HEAD = """\
+# Results
+
+Every figure below was measured by a script in `benchmarks/` and lies in `benchmarks/results/`, with the hardware and
+versions that it was measured on; `python scripts/results_page.py` writes this page from those files. "Base" is the
+embedded SmolLM2-135M. Intervals are 95 % bootstrap intervals.
+"""
+
+Results = Mapping[str, Any]
+"""File name without its suffix → what the file holds."""
+Table = tuple[tuple[str, ...], list[tuple[Any, ...]]]
+"""Headings, and rows; without rows, the one heading is a remark."""
+
+
+def main() -> int:
+    """Writes the page; with --check says whether it is what it should be."""
+    text = page()
+    if "--check" in sys.argv[1:]:
+        is_current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
+        print("docs/results.md is current" if is_current else "docs/results.md is old: python scripts/results_page.py")
+        return not is_current
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+def page() -> str:
+    """The whole page, from the result files that are there."""
+    parts, known = [HEAD], set()
+    claims = {script.name: text for script in sorted(BENCHMARKS.glob("*.py")) if (text := docstring(script))}
+    for script, (pattern, tables) in SECTIONS.items():
+        results = {file.stem: json.loads(file.read_text()) for file in sorted((BENCHMARKS / "results").glob(pattern))}
+        if not results:
+            continue
+        known |= set(results)
+        claim, usage = described(script, claims.pop(script))
+        parts.append(f"## {claim.rstrip('.')}\n")
+        parts.extend(f"{as_markdown(table)}\n" for table in tables(results))
+        parts.append(f"{origin(results)}\n\n```sh\n{usage}\n```\n")
+    if unknown := {file.stem for file in (BENCHMARKS / "results").glob("*.json")} - known:
+        raise SystemExit(f"benchmarks/results: no section of the page is of {', '.join(sorted(unknown))}; add one")
+    if claims:
+        parts.append("## Written, and not measured yet\n")
+        parts.extend("{}\n\n```sh\n{}\n```\n".format(*described(script, text)) for script, text in claims.items())
+    return "\n".join(parts)
+
+
+def docstring(script: Path) -> str | None:
+    """That of a script that makes a claim."""
+    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    return text if text.startswith("Claim") else None
+
+
+def described(script: str, text: str) -> tuple[str, str]:
+    """The claim and the command in the docstring of a script."""
+    claim = " ".join(re.sub(r"^Claims?: ", "", text.partition("\n\n")[0]).split())
+    command = textwrap.dedent(text.rpartition("Usage:")[2].removeprefix("\n")).strip().rstrip(".")
+    if not command.startswith("python benchmarks/"):
+        raise SystemExit(f"benchmarks/{script}: its docstring must end with 'Usage: python benchmarks/{script} …'")
+    return claim[0].upper() + claim[1:], command
+
+
+def origin(results: Results) -> str:
+    """Where the figures of a section come from."""
+    files = ", ".join(f"`{name}.json`" for name in results)
+    environments = [part for result in results.values() for part in _environments(result)]
+    seen = dict.fromkeys(
+        f"{e['device']}, {e['threads']} thread{'s' if e['threads'] > 1 else ''}, torch {e['torch']}, "
+        f"transformers {e['transformers']}, {e['date']}"
+        for e in environments
+    )
+    return f"{files}: {'; '.join(seen)}."
+
+
+def _environments(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Every record of an environment in a result, however deep."""
+    if isinstance(value, Mapping):
+        if "environment" in value:
+            yield value["environment"]
+        for inner in value.values():
+            yield from _environments(inner)
+
+
+def as_markdown(table: Table) -> str:
+    """A table, its first column to the left."""
+    headings, rows = table
+    if not rows:
+        return " ".join(headings)
+    marks = ["---", *["---:"] * (len(headings) - 1)]
+    lines = [headings, tuple(marks), *rows]
+    return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """A value as the page shows it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2g}"
+    return str(value).replace("|", "\\|")
+
+
+def spread(figure: Mapping[str, Any] | None, key: str = "value") -> str | None:
+    """A figure with its interval."""
+    if figure is None or figure[key] is None:
+        return None
+    return f"{cell(float(figure[key]))} [{cell(float(figure['low']))}, {cell(float(figure['high']))}]"
+
+
+def mebibytes(count: int) -> str:
+    """Bytes in MiB."""
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _perplexity(results: Results) -> Iterator[Table]:
+    forms = list(dict.fromkeys((row["form"], row["added_parameters"]) for r in results.values() for row in r["rows"]))
+    found = {(name, row["form"]): row["ratio"] for name, r in results.items() for row in r["rows"]}
+    headings = tuple(f"{r['evaluation']}; calibrated on {r['calibration']}" for r in results.values())
+    rows = [(form, added, *(found.get((name, form)) for name in results)) for form, added in forms]
+    yield ("conversion", "parameters added", *headings), rows
+
+
+def _equivalence(results: Results) -> Iterator[Table]:
+    rows = results["equivalence"]["rows"]
+    yield (
+        ("form at full rank", "relative error of the logits", "equal greedy texts"),
+        [(r["form"], r["relative_logit_error"], f"{r['equal_texts']} of {r['prompts']}") for r in rows],
+    )
+
+
+def _equivalence_training(results: Results) -> Iterator[Table]:
+    def row(name: str, result: Mapping[str, Any]) -> tuple[Any, ...]:
+        after, start = result["after"], result["curve"][0]["ratio"]
+        lambada = f"{after['lambada']:.3f} / {after['base_lambada']:.3f}"
+        entropy = f"{after['ngram_entropy']:.2f} / {after['base_ngram_entropy']:.2f}"
+        prefix = f"{after['common_greedy_prefix']:.1f}"
+        label = name.removeprefix("equivalence-training-")
+        return label, result["tokens"], result["core_minutes"], start, after["ratio"], lambada, prefix, entropy
+
+    rows = sorted((row(name, result) for name, result in results.items()), key=lambda r: (r[1], r[0]))
+    yield (
+        (
+            "run",
+            "tokens",
+            "core-minutes",
+            "validation perplexity over the base's, at the start",
+            "WikiText-2 test perplexity over the base's, after",
+            "LAMBADA / base",
+            "common greedy prefix, tokens",
+            "n-gram entropy / base",
+        ),
+        rows,
+    )
+
+
+def _distillation(results: Results) -> Iterator[Table]:
+    result = results["distillation-cost"]
+    yield (
+        ("form", "layer-wise step over end-to-end step, time", "memory"),
+        [(name, stage["time_ratio"], stage["memory_ratio"]) for name, stage in result["stages"].items()],
+    )
+    one = result["one_copy"]
+    yield (
+        ("one copy beside two", ""),
+        [
+            ("peak memory saved, over the base's bytes", one["saved_share_of_base"]),
+            ("step time, over that with two copies", one["time_ratio"]),
+        ],
+    )
+
+
+def _finetuning(results: Results) -> Iterator[Table]:
+    result = results["finetuning"]
+    headings = ("method", "trainable parameters", "learning rate", "seeds", "validation loss", "sd over seeds")
+    yield (
+        headings,
+        [
+            (m, s["trainable_parameters"], s["lr"], s["seeds"], f"{s['validation_loss']:.4f}", f"{s['deviation']:.4f}")
+            for m, s in result.get("summary", {}).items()
+        ],
+    )
+    if cost := result.get("cost"):
+        rows = cost["methods"].items()
+        yield (
+            ("method", "step seconds", "v1's step time over it", "v1's memory over it"),
+            [(name, row["seconds"], row["v1_time_ratio"], row["v1_memory_ratio"]) for name, row in rows],
+        )
+
+
+def _from_scratch(results: Results) -> Iterator[Table]:
+    def rows(r: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        return [
+            ("parameters", r["parameters"]),
+            ("tokens", r["tokens"]),
+            ("core-minutes", r["core_minutes"]),
+            ("unigram entropy of the validation tokens, nats", r["unigram_entropy"]),
+            ("validation loss, nats", r["validation_loss"]),
+            ("below unigram entropy, nats", r["below_unigram"]),
+        ]
+
+    for name, result in results.items():
+        yield (name, ""), rows(result)
+
+
+def _nf4(results: Results) -> Iterator[Table]:
+    reloaded = results["nf4-training"]["reloaded"].items()
+    yield (
+        ("delta reloaded", "perplexity", "base", "ratio", "KL, nats"),
+        [(where, r["perplexity"], r["base_perplexity"], r["ratio"], r["kl"]) for where, r in reloaded],
+    )
+
+
+def _resume(results: Results) -> Iterator[Table]:
+    result = results["resume"]
+    rows = [
+        ("kills", result["kills"]),
+        ("of them in the middle of a save", result["kills_in_the_middle_of_a_save"]),
+        ("partial checkpoints found", result["partial_checkpoints"]),
+        ("log equal to the unbroken run's", result["log_equal"]),
+        ("weights bitwise equal", all(result["weights_bitwise_equal"].values())),
+    ]
+    yield ("", ""), rows
+
+
+def _speed(results: Results) -> Iterator[Table]:
+    rows = results["speed"]["rows"]
+    found = {(row["form"], row["phase"]): spread(row, "ratio") for row in rows}
+    added = {row["form"]: row["added_parameters"] for row in rows}
+    yield (
+        ("conversion", "parameters added", "prefill, time over the base's", "decode"),
+        [(form, count, found[form, "prefill"], found[form, "decode"]) for form, count in added.items()],
+    )
+
+
+def _memory(results: Results) -> Iterator[Table]:
+    result = results["memory"]
+    rows = [
+        ("base", mebibytes(result["base_bytes"])),
+        ("added", mebibytes(result["added_bytes"])),
+        ("peak above what was resident", mebibytes(result["peak"] - result["resident_before"])),
+    ]
+    yield ("", ""), rows
+
+
+def _editing(results: Results) -> Iterator[Table]:
+    shown = ("score", "efficacy", "paraphrase", "neighbourhood", "exact", "exact_paraphrase", "perplexity_ratio")
+    for result in results.values():
+        yield (result["notes"],), []
+        for run, measured in result["runs"].items():
+            rows = [
+                (name, own["records"], *(spread(own.get(key)) for key in shown))
+                for name, own in measured["editors"].items()
+            ]
+            headings = ("S", "efficacy", "paraphrase", "neighbourhood", "exact", "exact, rephrased", "perplexity ratio")
+            yield (run, "cases", *headings), rows
+
+
+def _baselines(results: Results) -> Iterator[Table]:
+    methods = results["editing-baselines-search"]["methods"].items()
+    rows = []
+    for name, method in methods:
+        chosen = method["chosen"]
+        settings = ", ".join(f"{k} {v}" for k, v in chosen["settings"].items())
+        scores = chosen["scores"]
+        measured = (None, None, None) if scores is None else (scores["records"], 100 * scores["s"], scores["efficacy"])
+        rows.append((name, method["trials"], settings, *measured))
+    yield ("method", "trials", "chosen", "records", "S", "efficacy"), rows
+
+
+def _peers(results: Results) -> Iterator[Table]:
+    rows = [(row["peer"], row["phase"], spread(row, "ratio")) for row in results["peers"]["rows"]]
+    yield ("peer", "phase", "v1's time over it"), rows
+
+
+def _routed_speed(results: Results) -> Iterator[Table]:
+    known = ("phase", "architecture", "capacity", "tokens", "batch", "measured_capacity")
+    for result in results.values():
+        rows = [
+            (*(row[key] for key in known), row["work_ratio"], spread(row, "ratio"), row["realised"])
+            for row in result["rows"]
+        ]
+        headings = (*(key.replace("_", " ") for key in known), "work over dense", "time over dense", "saving realised")
+        yield headings, rows
+
+
+Section = tuple[str, Callable[[Results], Iterator[Table]]]
+SECTIONS: dict[str, Section] = {
+    "equivalence.py": ("equivalence.json", _equivalence),
+    "perplexity.py": ("perplexity-*.json", _perplexity),
+    "speed.py": ("speed.json", _speed),
+    "peers.py": ("peers.json", _peers),
+    "memory.py": ("memory.json", _memory),
+    "equivalence_training.py": ("equivalence-training-*.json", _equivalence_training),
+    "distillation_cost.py": ("distillation-cost.json", _distillation),
+    "finetuning.py": ("finetuning.json", _finetuning),
+    "from_scratch.py": ("from-scratch-*.json", _from_scratch),
+    "nf4_training.py": ("nf4-training.json", _nf4),
+    "resume.py": ("resume.json", _resume),
+    "editing.py": ("editing-counterfact*.json", _editing),
+    "editing_baselines.py": ("editing-baselines-search.json", _baselines),
+    "routed_speed.py": ("routed-speed-*.json", _routed_speed),
+}
+"""Script → its result files, and their tables."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
