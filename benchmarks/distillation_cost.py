@@ -18,7 +18,7 @@ from record import environment, save
 
 import pliant
 from pliant.config import TrainingConfig
-from pliant.evaluation.cost import ALLOCATOR, resident, resident_peak, stepper, take_turns
+from pliant.evaluation.comparison.cost import ALLOCATOR, resident, resident_peak, stepper, take_turns
 from pliant.training.objectives import Student
 
 FORMS = {"v1_single": 16, "v2": 16, "outer": 64, "keyed_pre": 128}

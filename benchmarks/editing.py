@@ -23,9 +23,9 @@ from transformers import AutoTokenizer
 
 import pliant
 from pliant.cli.console import progress_display
-from pliant.cli.evaluate import show
-from pliant.evaluation.editors import EDITORS, editor_named, editor_settings
-from pliant.evaluation.figures import MODES, report
+from pliant.cli.evaluate.command import show
+from pliant.evaluation.editing.editors import EDITORS, editor_named, editor_settings
+from pliant.evaluation.editing.figures import MODES, report
 from pliant.evaluation.suites import cases_of, evaluate
 
 SUITES = {"counterfact": "counterfact", "zsre": "zsre", "squad": "squad_closed_book"}

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 import pliant
 from pliant.consolidation.forward import trial
 from pliant.evaluation.baselines import AlphaEdit, FineTune, Lora, Memit, Rome, randomised
-from pliant.evaluation.cases import EditCase, counterfact, pair_tokens
+from pliant.evaluation.editing.cases import EditCase, counterfact, pair_tokens
 from pliant.key_moments import cached_key_moments
 from pliant.models.edits import Edit
 

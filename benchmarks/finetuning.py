@@ -22,7 +22,7 @@ from record import RESULTS, environment, finished, save
 import pliant
 from pliant.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from pliant.data import training_data
-from pliant.evaluation.cost import resident_peak, stepper, take_turns
+from pliant.evaluation.comparison.cost import resident_peak, stepper, take_turns
 from pliant.training.build import build_model, tokenizer_for
 from pliant.training.objectives import Student
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import pliant
 from pliant.data import calibration_tokens
-from pliant.evaluation.cost import resident
+from pliant.evaluation.comparison.cost import resident
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import pliant
 from pliant.config import TrainingConfig
-from pliant.evaluation.cost import stepper, take_turns
+from pliant.evaluation.comparison.cost import stepper, take_turns
 from pliant.training.objectives import Student
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

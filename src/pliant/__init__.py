@@ -20,7 +20,7 @@ if TYPE_CHECKING or not _IS_COMMAND:
 if TYPE_CHECKING:
     from pliant.consolidation import consolidate
     from pliant.evaluation import evaluate
-    from pliant.evaluation.compare import compare
+    from pliant.evaluation.comparison.compare import compare
     from pliant.training import train
 
 __all__ = [
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
         return evaluate
     if name == "compare":
-        from pliant.evaluation.compare import compare
+        from pliant.evaluation.comparison.compare import compare
 
         return compare
     if name == "train":  # brings the trainer of transformers, which takes seconds to import

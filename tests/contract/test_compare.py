@@ -14,12 +14,12 @@ from accelerate import PartialState
 import pliant
 from pliant.config import RunConfig
 from pliant.errors import ConfigError, DataError, TrainingError
-from pliant.evaluation import compare as comparing
-from pliant.evaluation import cost
-from pliant.evaluation.compare_figures import summarise
-from pliant.evaluation.compare_methods import METHODS, contenders, settings
-from pliant.evaluation.compare_plan import plan_comparison
-from pliant.evaluation.in_context import TASKS, ContextQuestion
+from pliant.evaluation.comparison import compare as comparing
+from pliant.evaluation.comparison import cost
+from pliant.evaluation.comparison.figures import summarise
+from pliant.evaluation.comparison.in_context import TASKS, ContextQuestion
+from pliant.evaluation.comparison.methods import METHODS, contenders, settings
+from pliant.evaluation.comparison.plan import plan_comparison
 from pliant.training.build import build_model
 
 BUDGET = 5_000

@@ -8,20 +8,20 @@ import typer
 from pliant.cli.bench import bench
 from pliant.cli.calibrate import calibrate
 from pliant.cli.chat import chat
-from pliant.cli.compare import compare
+from pliant.cli.compare.command import compare
 from pliant.cli.console import CommandGroup
 from pliant.cli.consolidate import consolidate
 from pliant.cli.convert import convert
-from pliant.cli.demo import demo
+from pliant.cli.demo.command import demo
 from pliant.cli.edits import edits
-from pliant.cli.evaluate import evaluate
+from pliant.cli.evaluate.command import evaluate
 from pliant.cli.export import export
 from pliant.cli.generate import generate
 from pliant.cli.info import info
 from pliant.cli.inject import inject
-from pliant.cli.inspect import inspect
-from pliant.cli.report import report
-from pliant.cli.routes import routes
+from pliant.cli.inspect.command import inspect
+from pliant.cli.report.command import report
+from pliant.cli.routes.command import routes
 from pliant.cli.serve import serve
 from pliant.cli.training import train
 

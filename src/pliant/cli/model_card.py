@@ -19,7 +19,7 @@ from yaml import YAMLError
 from pliant.architectures import ARCHITECTURES, RoutedConfig, added_parameters
 from pliant.cli.console import count_text, shortened
 from pliant.cli.convert import describe_layers
-from pliant.cli.report_sources import read_lines
+from pliant.cli.report.sources import read_lines
 from pliant.errors import DataError
 from pliant.models import DynamicCausalLM
 from pliant.models.bases import EMBEDDED

@@ -16,7 +16,7 @@ from pliant.consolidation.queries import QUESTION
 from pliant.data import documents, token_windows
 from pliant.data.embedded import package_root, records
 from pliant.errors import ConfigError, DataError
-from pliant.evaluation.cases import pair_tokens
+from pliant.evaluation.editing.cases import pair_tokens
 from pliant.evaluation.records import Record
 from pliant.evaluation.scoring import score_tokens
 from pliant.metrics import LOGITS_CHUNK

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from pliant.evaluation.cases import Pair, pair_tokens, prompt_tokens
+from pliant.evaluation.editing.cases import Pair, pair_tokens, prompt_tokens
 from pliant.statistics import evaluating, input_device
 
 BATCH_TOKENS = 2_048
@@ -62,7 +62,7 @@ def answer_log_probs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Args:
         model: A causal LM of a family that converts, with whatever is edited or active.
         tokenizer: Its tokenizer.
-        pairs: Prompts and answers, tokenised by :func:`pliant.evaluation.cases.pair_tokens`.
+        pairs: Prompts and answers, tokenised by :func:`pliant.evaluation.editing.cases.pair_tokens`.
 
     Raises:
         DataError: A prompt or an answer is empty.

@@ -11,17 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 from pliant.architectures.base import from_fields, nearest
 from pliant.errors import ConfigError
-from pliant.evaluation.benchmark_run import evaluate_tasks
-from pliant.evaluation.benchmarks import Benchmarks
-from pliant.evaluation.cases import EditCase, counterfact, squad, zsre
-from pliant.evaluation.editors import editor_named, editor_settings
-from pliant.evaluation.evaluate import COUNTS, evaluate_batches, evaluate_edits, evaluate_sequence
-from pliant.evaluation.figures import MODES, as_json, report, run_name
+from pliant.evaluation.editing.cases import EditCase, counterfact, squad, zsre
+from pliant.evaluation.editing.editors import editor_named, editor_settings
+from pliant.evaluation.editing.figures import MODES, as_json, report, run_name
+from pliant.evaluation.editing.run import EditRun, prepare_folder
+from pliant.evaluation.editing.runs import COUNTS, evaluate_batches, evaluate_edits, evaluate_sequence
 from pliant.evaluation.intervals import paired_difference, summary
 from pliant.evaluation.records import Record, Records
 from pliant.evaluation.retention import ChoiceQuestion, choice_records, held_out_tokens, hellaswag, mmlu
-from pliant.evaluation.run import EditRun, prepare_folder
-from pliant.evaluation.tasks import TASK_NAMES
+from pliant.evaluation.tasks.run import evaluate_tasks
+from pliant.evaluation.tasks.settings import Benchmarks
+from pliant.evaluation.tasks.table import TASK_NAMES
 from pliant.metrics import compare_to_base
 from pliant.models import DynamicCausalLM
 from pliant.statistics import Progress

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from pliant.cli.compare import parse_rates, whole_number
-from pliant.cli.compare_plots import draw_comparison, frontier
+from pliant.cli.compare.command import parse_rates, whole_number
+from pliant.cli.compare.plots import draw_comparison, frontier
 from pliant.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def calls(monkeypatch):
         options["output"].mkdir(parents=True, exist_ok=True)
         return result()
 
-    monkeypatch.setattr("pliant.evaluation.compare.compare", compare)
+    monkeypatch.setattr("pliant.evaluation.comparison.compare.compare", compare)
     return asked
 
 
@@ -104,7 +104,8 @@ def test_json_is_what_the_library_returned(run, calls, tmp_path):
 
 def test_a_signal_is_told_by_the_exit_code(run, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "pliant.evaluation.compare.compare", lambda *_, **__: result(stopped_by="SIGTERM", summary={}, cost={})
+        "pliant.evaluation.comparison.compare.compare",
+        lambda *_, **__: result(stopped_by="SIGTERM", summary={}, cost={}),
     )
     stopped = run("compare", "-o", tmp_path, exit_code=143)
     assert "the same command goes on" in stopped.stderr
@@ -160,7 +161,7 @@ def test_what_is_wrong_is_one_line(run, tmp_path, monkeypatch, arguments, words,
 
 
 def test_versions_are_shown_and_kept_where_asked(run, monkeypatch, tmp_path):
-    from pliant.evaluation import compare_versions as module
+    from pliant.evaluation.comparison import versions as module
 
     monkeypatch.setattr(module, "BASE_STEPS", 3)
     monkeypatch.setattr(module, "REPEATS", 1)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from pliant.architectures import NptConfig
-from pliant.cli import demo_consolidation, demo_folder, demo_rows
-from pliant.cli.demo import Plan, _at_powers_of_two, _directions
+from pliant.cli.demo import consolidation as demo_consolidation
+from pliant.cli.demo import folder as demo_folder
+from pliant.cli.demo import rows as demo_rows
+from pliant.cli.demo.command import Plan, _at_powers_of_two, _directions
 from pliant.cli.plots import Point, draw, draw_training
 from pliant.errors import CheckpointError, DataError
 from pliant.models import Delta, Edit, down_proj

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import pliant
 from pliant.cli.console import CommandGroup
-from pliant.cli.evaluate import evaluate
+from pliant.cli.evaluate.command import evaluate
 from pliant.evaluation import suites
 
 FACTS = (("A small robot", "the hill", "water"), ("The river", "the sea", "memory"), ("Attention", "what", "later"))
@@ -24,7 +24,7 @@ def small_texts(tmp_path, monkeypatch):
     monkeypatch.setattr("pliant.key_moments.cache_dir", lambda: tmp_path / "cache")
     for module in ("consolidation.resources", "key_moments"):
         monkeypatch.setattr(f"pliant.{module}.calibration_tokens", lambda *_, **__: windows)
-    for module in ("run", "suites"):
+    for module in ("editing.run", "suites"):
         monkeypatch.setattr(f"pliant.evaluation.{module}.held_out_tokens", lambda *_, **__: windows[:2])
 
 

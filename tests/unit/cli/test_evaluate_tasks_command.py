@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import pytest
 
-from pliant.evaluation import tasks as task_table
+from pliant.evaluation.tasks import table as task_table
 
 Measure = Callable[..., Any]
 TEXT = "A small robot walks over the green hill and looks for water. The river bends twice before it meets the sea. "

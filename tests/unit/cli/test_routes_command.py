@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 import pliant
 from pliant.architectures import ModConfig
-from pliant.cli.route_pictures import draw_html, draw_png
-from pliant.cli.routes import COLOURS, RoutedLayerTrace, Routes, Token, rendered, strength, told, trace
+from pliant.cli.routes.command import COLOURS, RoutedLayerTrace, Routes, Token, rendered, strength, told, trace
+from pliant.cli.routes.pictures import draw_html, draw_png
 from pliant.models import PliantSpec, family_of
 from pliant.models.graft import install
 

@@ -50,7 +50,7 @@ def mmlu_records(subject: int, count: int) -> Records:
 @pytest.fixture(scope="session")
 def mmlu_subjects() -> list[str]:
     """The subjects of lm-eval's MMLU."""
-    from pliant.evaluation.harness_tasks import CONFIGS, load_yaml
+    from pliant.evaluation.tasks.definitions import CONFIGS, load_yaml
 
     return [load_yaml(file)["dataset_name"] for file in sorted((CONFIGS / "mmlu/default").glob("mmlu_*.yaml"))]
 

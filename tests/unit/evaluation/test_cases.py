@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pliant.data import embedded
 from pliant.errors import ConfigError, DataError
-from pliant.evaluation.cases import EditCase, counterfact, pair_tokens, prompt_tokens, squad, unique_ids, zsre
+from pliant.evaluation.editing.cases import EditCase, counterfact, pair_tokens, prompt_tokens, squad, unique_ids, zsre
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 COUNTERFACT: dict[str, Any] = {
@@ -179,8 +179,8 @@ def test_squad_groups_the_questions_of_a_passage(monkeypatch: pytest.MonkeyPatch
         record("2", "Bob.", "Who?", ["Bob"]),
         record("3", "Ann lives in Rome.\nSince 1990.", "Since when?", ["1990"]),
     ]
-    monkeypatch.setattr("pliant.evaluation.cases.package_root", lambda: Path())
-    monkeypatch.setattr("pliant.evaluation.cases.records", lambda file: iter(made))
+    monkeypatch.setattr("pliant.evaluation.editing.cases.package_root", lambda: Path())
+    monkeypatch.setattr("pliant.evaluation.editing.cases.records", lambda file: iter(made))
     first, second = squad()
     assert first.context == "Ann lives in Rome.\nSince 1990."
     assert first.subject == "A Title"

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from pliant.errors import ConfigError
-from pliant.evaluation import compare_versions as module
-from pliant.evaluation.compare_versions import VERSIONS, compare_versions, source_bytes
+from pliant.evaluation.comparison import versions as module
+from pliant.evaluation.comparison.versions import VERSIONS, compare_versions, source_bytes
 
 
 @pytest.fixture(autouse=True)

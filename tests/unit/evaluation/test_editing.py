@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from pliant.evaluation import editing
 from pliant.evaluation.answers import exact_match, f1, generation_entropy, normalised
-from pliant.evaluation.cases import EditCase
-from pliant.evaluation.editing import neighbour_continuations, score_case, score_cases
+from pliant.evaluation.editing import scores as editing
+from pliant.evaluation.editing.cases import EditCase
+from pliant.evaluation.editing.scores import neighbour_continuations, score_case, score_cases
 from pliant.evaluation.scoring import answer_log_probs
 
 CASE = EditCase(

@@ -14,10 +14,11 @@ import pliant
 from pliant.consolidation import Consolidation
 from pliant.consolidation.queries import QUESTION
 from pliant.errors import ConfigError, DataError, EditError
-from pliant.evaluation import EDITORS, EditCase, Learn, editors, evaluate, evaluate_edits, figures, suites
+from pliant.evaluation import EDITORS, EditCase, Learn, evaluate, evaluate_edits, suites
 from pliant.evaluation.baselines import RandomDirection
-from pliant.evaluation.cases import counterfact
-from pliant.evaluation.editors import OWN, editor_named, editor_settings
+from pliant.evaluation.editing import editors, figures
+from pliant.evaluation.editing.cases import counterfact
+from pliant.evaluation.editing.editors import OWN, editor_named, editor_settings
 from pliant.models.edits import Delta, Edit
 
 PATH = "layers.1.mlp.down_proj"
@@ -46,7 +47,7 @@ def small_texts(calibration: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PLIANT_CACHE", str(tmp_path / "cache"))
     for module in ("consolidation.resources", "key_moments"):
         monkeypatch.setattr(f"pliant.{module}.calibration_tokens", lambda *_, **__: calibration)
-    monkeypatch.setattr("pliant.evaluation.run.held_out_tokens", lambda _: calibration[:2])
+    monkeypatch.setattr("pliant.evaluation.editing.run.held_out_tokens", lambda _: calibration[:2])
 
 
 @pytest.fixture

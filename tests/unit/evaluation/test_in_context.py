@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pliant.errors import ConfigError, DataError
-from pliant.evaluation.in_context import (
+from pliant.evaluation.comparison.in_context import (
     ARBITRARY,
     SENTIMENTS,
     TASKS,

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import pliant
-from pliant.evaluation.behaviour import layer_figures
 from pliant.evaluation.intervals import ratio_of_sums
-from pliant.evaluation.perplexity import measure_windows, perplexity_figures, strided
 from pliant.evaluation.records import Records
+from pliant.evaluation.tasks.behaviour import layer_figures
+from pliant.evaluation.tasks.perplexity import measure_windows, perplexity_figures, strided
 from pliant.metrics import compare_to_base
 
 

@@ -14,10 +14,11 @@ from lm_eval.api import task as harness_task
 from lm_eval.tasks import TaskManager
 
 from pliant.errors import ConfigError, DataError
-from pliant.evaluation import TASK_NAMES, TASKS, harness_tasks, tasks
-from pliant.evaluation.harness_tasks import CONFIGS, load_yaml, prepare
-from pliant.evaluation.task_files import TaskFiles
-from pliant.evaluation.tasks import check_names, is_offline
+from pliant.evaluation import TASK_NAMES, TASKS
+from pliant.evaluation.tasks import definitions, table
+from pliant.evaluation.tasks.definitions import CONFIGS, load_yaml, prepare
+from pliant.evaluation.tasks.files import TaskFiles
+from pliant.evaluation.tasks.table import check_names, is_offline
 
 ARC = "hf_datasets/ai2_arc/ARC-Easy/validation"
 SEED = 1234
@@ -48,7 +49,7 @@ def test_only_the_data_of_a_configuration_is_replaced(name):
     own = load_yaml(CONFIGS / (task.local_config or task.config))
     files: Any = TaskFiles.__new__(TaskFiles)
     files.splits, files.path, files.origin = {"validation": [1], "test": [1]}, Path("nowhere"), "nowhere"
-    changed = harness_tasks._local(harness_tasks._config(task.local_config or task.config), files)
+    changed = definitions._local(definitions._config(task.local_config or task.config), files)
     assert {key: value for key, value in changed.items() if key in own and key != "dataset_path"} == {
         key: value
         for key, value in own.items()
@@ -122,7 +123,7 @@ def test_names_are_taken_once_and_any_with_a_hub():
 
 
 def test_lm_eval_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(tasks, "find_spec", lambda _name: None)
+    monkeypatch.setattr(table, "find_spec", lambda _name: None)
     assert check_names(["perplexity"], offline=True) == ("perplexity",)
     with pytest.raises(ConfigError, match=r"lm-eval, which is not installed: pip install 'pliant\[evaluation\]'"):
         check_names(["perplexity", "piqa"], offline=True)
@@ -141,7 +142,7 @@ def test_a_hub_that_cannot_be_reached_is_told(monkeypatch):
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(harness_tasks, "ConfigurableTask", unreachable)
+    monkeypatch.setattr(definitions, "ConfigurableTask", unreachable)
     with pytest.raises(DataError, match=r"data of task 'piqa' must be readable from the hub.*set HF_HUB_OFFLINE=1"):
         prepare("piqa", seed=SEED)
 
@@ -161,7 +162,7 @@ def hub(monkeypatch, task_data) -> list[str]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(harness_task.datasets, "load_dataset", load)
     monkeypatch.setattr(
-        harness_tasks, "TaskManager", partial(TaskManager, include_defaults=False, include_path=CONFIGS / "arc")
+        definitions, "TaskManager", partial(TaskManager, include_defaults=False, include_path=CONFIGS / "arc")
     )
     return asked
 

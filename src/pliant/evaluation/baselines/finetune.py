@@ -11,7 +11,7 @@ from pliant.errors import EditError
 from pliant.evaluation.baselines.prompts import case_rows, sampled_prefixes
 from pliant.evaluation.baselines.states import finished, hooks, layer_at, low_rank, searching, settings_of
 from pliant.evaluation.baselines.training import Training, descend
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.models.edits import Edit, down_proj
 from pliant.models.placement import compute_device
 

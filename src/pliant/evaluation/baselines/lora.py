@@ -13,7 +13,7 @@ from pliant.errors import EditError
 from pliant.evaluation.baselines.prompts import case_rows, sampled_prefixes
 from pliant.evaluation.baselines.states import finished, layer_at, searching, settings_of
 from pliant.evaluation.baselines.training import Training, descend
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.models.edits import Delta, Edit
 
 ADAPTER = "edit"

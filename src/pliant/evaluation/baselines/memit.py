@@ -21,7 +21,7 @@ from pliant.evaluation.baselines.states import (
     subject_states,
 )
 from pliant.evaluation.baselines.values import ValueSearch
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.key_moments import NUM_TOKENS, KeyMoments
 from pliant.models.edits import Delta, Edit, down_proj
 

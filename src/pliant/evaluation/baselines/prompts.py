@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.errors import EditError
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.statistics import base_mode, evaluating, input_device
 
 STARTS = ("The", "Therefore", "Because", "I", "You")

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.evaluation.baselines.states import Editor
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.models.edits import Delta, Edit
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pliant.evaluation.baselines.prompts import case_rows
 from pliant.evaluation.baselines.states import finished, layer_at, moments_of, settings_of, subject_states
 from pliant.evaluation.baselines.values import ValueSearch
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.key_moments import NUM_TOKENS, KeyMoments
 from pliant.models.edits import Delta, Edit, down_proj
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.errors import EditError
 from pliant.evaluation.baselines.prompts import Row
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.key_moments import KeyMoments, cached_key_moments
 from pliant.models.edits import Delta, Edit, down_proj
 from pliant.statistics import evaluating, frozen, input_device

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.evaluation.baselines.prompts import Row, case_rows, encode, sampled_prefixes
 from pliant.evaluation.baselines.states import hooks, padded, searching
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.models.edits import down_proj
 from pliant.statistics import input_device
 

@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 
 import pliant
 from pliant.architectures.npt import FORMS
-from pliant.cli.inspect_lens import nearest_words
-from pliant.cli.inspect_model import _modulations, inspect_model
-from pliant.cli.inspect_pictures import heat_map, rendered
-from pliant.cli.inspect_records import Inspection, LayerInspection
-from pliant.cli.routes import Token
+from pliant.cli.inspect.lens import nearest_words
+from pliant.cli.inspect.model import _modulations, inspect_model
+from pliant.cli.inspect.pictures import heat_map, rendered
+from pliant.cli.inspect.records import Inspection, LayerInspection
+from pliant.cli.routes.command import Token
 
 PROMPT = "A small robot walks over the green hill"
 

@@ -13,8 +13,8 @@ import pliant
 from pliant.cli.page import Chart, Series, Table, write_page
 from pliant.cli.page.blocks import Number, Section, told_number
 from pliant.cli.page.charts import MOST_POINTS, thinned
-from pliant.cli.report_models import spectra
-from pliant.cli.report_sources import Kind, read_sources
+from pliant.cli.report.models import spectra
+from pliant.cli.report.sources import Kind, read_sources
 from pliant.errors import ConfigError, DataError
 
 PROMPT = "A small robot"

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 from pliant.key_moments import KeyMoments, key_moments
 
 

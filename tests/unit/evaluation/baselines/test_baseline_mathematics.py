@@ -14,7 +14,7 @@ from pliant.evaluation.baselines.prompts import case_rows, encode, sampled_prefi
 from pliant.evaluation.baselines.states import layer_at, subject_states
 from pliant.evaluation.baselines.training import answer_losses
 from pliant.evaluation.baselines.values import _Suffixes
-from pliant.evaluation.cases import EditCase
+from pliant.evaluation.editing.cases import EditCase
 
 SHORT: dict[str, Any] = {"num_prefixes": 2, "prefix_length": 3}
 

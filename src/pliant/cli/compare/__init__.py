@@ -1,0 +1,1 @@
+"""``pliant compare``: the command, its tables and its plot."""

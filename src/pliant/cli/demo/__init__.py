@@ -1,0 +1,1 @@
+"""``pliant demo``: its steps, one file each."""

@@ -1,0 +1,1 @@
+"""``pliant evaluate``: the command and its tables."""

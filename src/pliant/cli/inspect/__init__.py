@@ -1,0 +1,1 @@
+"""``pliant inspect``: what was written, the words it points at, and the pictures of it."""

@@ -1,0 +1,1 @@
+"""``pliant report``: what it finds in a folder, and a section of the page for each kind."""

@@ -1,0 +1,1 @@
+"""``pliant routes``: the command and its pictures."""
