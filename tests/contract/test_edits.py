@@ -476,7 +476,8 @@ def test_a_converted_model_is_exported_with_edits_in_its_weights(
     export_merged(model, tmp_path / "merged")
     merged = pliant.load(tmp_path / "merged")
     assert type(merged) is type(model)
-    assert merged.spec == model.spec
+    assert merged.spec.layers == model.spec.layers
+    assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "merged").glob("*.json"))
     assert not len(merged.edits)
     assert largest_difference(logits_of(merged, prompt), logits_of(model, prompt)) < MERGED_TOLERANCE
 

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 import pliant
 from pliant.errors import ConfigError, DataError
 from pliant.evaluation import Benchmarks, evaluate_tasks
+from pliant.evaluation.editing.run import weight_format
 from pliant.evaluation.tasks import run as benchmark_run
 from pliant.evaluation.tasks.definitions import CONFIGS, load_yaml, prepare
 from pliant.evaluation.tasks.harness import Harness
@@ -306,3 +307,10 @@ def test_without_held_out_text_tasks_are_compared_all_the_same(model, tokenizer,
     assert "compared on tasks only: the embedded texts are not installed" in caplog.text
     with pytest.raises(DataError, match="not installed"):
         measured(model, tokenizer, options)
+
+
+def test_packed_weights_are_told_from_plain_ones(model):
+    assert weight_format(model) == "torch.float32"
+    projection = model.model.layers[0].mlp.down_proj
+    projection.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    assert weight_format(model) == "torch.float32 Linear"

@@ -27,6 +27,7 @@ from pliant.evaluation.retention import HeldOut, held_out_tokens
 from pliant.models import DynamicCausalLM
 from pliant.models.checkpoint import digest, fingerprint
 from pliant.models.edits import Edit
+from pliant.models.ledger import is_plain, is_projection
 from pliant.statistics import Progress
 
 CASES_AT_ONCE = 16
@@ -160,11 +161,17 @@ def prepare_folder(model: DynamicCausalLM, folder: str | os.PathLike) -> None:
     added = [parameter.detach().flatten()[:4].float().tolist() for _, parameter in added_parameters(model)]
     own = {
         "base": digest(fingerprint(model)),
-        "dtype": str(model.dtype),
+        "dtype": weight_format(model),
         "changes": json_hash([model.config.pliant, added]) if added else None,
         "edits": [edit.id for edit in model.edits],
     }
     check_settings(Path(folder) / "settings.json", own)
+
+
+def weight_format(model: DynamicCausalLM) -> str:
+    """Returns the dtype, and the classes of projections that are packed: NF4 and int8 have one fingerprint."""
+    packed = {type(m).__name__ for m in model.model.modules() if is_projection(m) and not is_plain(m)}
+    return " ".join((str(model.dtype), *sorted(packed)))
 
 
 def case_hash(cases: Sequence[EditCase]) -> str:

@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.errors import ConfigError, DataError
-from pliant.evaluation.editing.run import json_hash, prepare_folder
+from pliant.evaluation.editing.run import json_hash, prepare_folder, weight_format
 from pliant.evaluation.records import Records, check_settings
 from pliant.evaluation.tasks.behaviour import generation_samples, layer_figures
 from pliant.evaluation.tasks.perplexity import EMBEDDED_TEXT, measure_windows, perplexity_figures, text_tokens
@@ -124,7 +124,8 @@ class _Run:
 
     def measure(self, task: "PreparedTask") -> None:
         """Runs a task on the model and on its base, each unless its results are there."""
-        base = f"base-{digest(fingerprint(self.model))}-{str(self.model.dtype).removeprefix('torch.')}.db"
+        kind = weight_format(self.model).removeprefix("torch.").replace(" ", "-")
+        base = f"base-{digest(fingerprint(self.model))}-{kind}.db"
         place = self.folder / "requests" if self.benchmarks.base_cache is None else Path(self.benchmarks.base_cache)
         self._measure_side(task, MODEL, self.folder / "requests" / "model.db")
         if self.with_base:
