@@ -23,15 +23,15 @@ import pliant
 from pliant.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from pliant.data import training_data
 from pliant.evaluation.comparison.cost import resident_peak, stepper, take_turns
+from pliant.evaluation.comparison.methods import ALL_LINEAR
 from pliant.training.build import build_model, tokenizer_for
 from pliant.training.objectives import Student
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS: dict[str, dict[str, Any]] = {
     "v1 r=16": {},
-    "LoRA r=4, all linear": {"lora_rank": 4, "lora_alpha": 8, "lora_targets": ALL_LINEAR},
+    "LoRA r=4, all linear": {"lora_rank": 4, "lora_alpha": 8, "lora_targets": list(ALL_LINEAR)},
     "LoRA r=16, gate_proj": {"lora_rank": 16, "lora_alpha": 32, "lora_targets": ["gate_proj"]},
 }
 NAME = "finetuning"

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 import pliant
 from pliant.config import TrainingConfig
 from pliant.evaluation.comparison.cost import stepper, take_turns
+from pliant.evaluation.comparison.methods import ALL_LINEAR
 from pliant.training.objectives import Student
 
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = {
     "LoRA r=16, gate_proj": {"r": 16, "target_modules": ["gate_proj"]},
-    "LoRA r=4, all linear": {"r": 4, "target_modules": ALL_LINEAR},
+    "LoRA r=4, all linear": {"r": 4, "target_modules": list(ALL_LINEAR)},
 }
 ROWS, WINDOW = 2, 512
 WARM_UP = 2

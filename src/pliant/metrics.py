@@ -1,7 +1,6 @@
 """Perplexity, and how far a dynamic model is from its own base."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from pliant.models import DynamicCausalLM, family_of
 from pliant.statistics import Progress, evaluating, input_device
 
 LOGITS_CHUNK = 16
+SUMS: tuple[str, ...] = ("nll", "base_nll", "kl", "agreement")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,8 @@ def perplexity(
     total, count = 0.0, 0
     with evaluating(model):
         for done, window in enumerate(tokens, start=1):
-            for logits, targets in _chunks(model, window, _hidden(model, window)):
-                total += functional.cross_entropy(logits, targets, reduction="sum").item()
-                count += len(targets)
+            total += window_sums(model, window)["nll"]
+            count += len(window) - 1
             if progress is not None:
                 progress("Measuring perplexity", done, len(tokens))
     return _exponential(total / count)
@@ -90,42 +89,59 @@ def compare_to_base(
         DataError: As for :func:`perplexity`.
     """
     _check(tokens)
-    nll = base_nll = kl = agreement = 0.0
-    count = 0
+    sums = dict.fromkeys(SUMS, 0.0)
     reference = model if base is None else base
     with evaluating(model), evaluating(reference):
         for done, window in enumerate(tokens, start=1):
-            with reference.base_mode():
-                base_hidden = _hidden(reference, window)
-            hidden = _hidden(model, window)
-            pairs = zip(_chunks(model, window, hidden), _chunks(reference, window, base_hidden), strict=True)
-            for (logits, targets), (base_logits, _) in pairs:
-                log_p, base_log_p = logits.log_softmax(-1), base_logits.log_softmax(-1)
-                nll += functional.nll_loss(log_p, targets, reduction="sum").item()
-                base_nll += functional.nll_loss(base_log_p, targets, reduction="sum").item()
-                kl += functional.kl_div(log_p, base_log_p, reduction="sum", log_target=True).item()
-                agreement += (logits.argmax(-1) == base_logits.argmax(-1)).sum().item()
-                count += len(targets)
+            for name, value in window_sums(model, window, base=reference).items():
+                sums[name] += value
             if progress is not None:
                 progress("Comparing with the base", done, len(tokens))
+    count = len(tokens) * (tokens.shape[1] - 1)
     return Comparison(
-        perplexity=_exponential(nll / count),
-        base_perplexity=_exponential(base_nll / count),
-        agreement=agreement / count,
-        kl=kl / count,
+        perplexity=_exponential(sums["nll"] / count),
+        base_perplexity=_exponential(sums["base_nll"] / count),
+        agreement=sums["agreement"] / count,
+        kl=sums["kl"] / count,
     )
 
 
-def _hidden(model: PreTrainedModel, window: Int[Tensor, " window"]) -> Float[Tensor, "window d_model"]:
-    return model.model(window.unsqueeze(0).to(input_device(model)), use_cache=False).last_hidden_state[0]
+@torch.no_grad()
+def window_sums(
+    model: PreTrainedModel,
+    window: Int[Tensor, " window"],
+    *,
+    scored: int | None = None,
+    base: DynamicCausalLM | None = None,
+) -> dict[str, float]:
+    """Returns sums over the last ``scored`` tokens of a window, all but its first by default, logits in pieces.
+
+    ``nll = Σ −log p(x_t | x_<t)`` in nats; and with ``base``, which is taken in base mode, its ``base_nll``,
+    ``kl = Σ KL(base ‖ model)`` and ``agreement``, how often both have the same most likely token.
+    """
+    count = len(window) - 1 if scored is None else scored
+    hidden = _hidden(model, window, count)
+    if base is not None:
+        with base.base_mode():
+            base_hidden = _hidden(base, window, count)
+    sums = dict.fromkeys(SUMS[:1] if base is None else SUMS, 0.0)
+    targets = window[-count:].to(hidden.device)
+    for start in range(0, count, LOGITS_CHUNK):
+        part = slice(start, min(start + LOGITS_CHUNK, count))
+        log_p = model.lm_head(hidden[part]).float().log_softmax(-1)
+        sums["nll"] += functional.nll_loss(log_p, targets[part], reduction="sum").item()
+        if base is not None:
+            base_log_p = base.lm_head(base_hidden[part]).float().log_softmax(-1)
+            sums["base_nll"] += functional.nll_loss(base_log_p, targets[part], reduction="sum").item()
+            sums["kl"] += functional.kl_div(log_p, base_log_p, reduction="sum", log_target=True).item()
+            sums["agreement"] += (log_p.argmax(-1) == base_log_p.argmax(-1)).sum().item()
+    return sums
 
 
-def _chunks(model: PreTrainedModel, window: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields fp32 logits (chunk, vocabulary) and their targets (chunk,), never the whole window's logits."""
-    targets = window[1:].to(hidden.device)
-    for start in range(0, len(targets), LOGITS_CHUNK):
-        part = slice(start, min(start + LOGITS_CHUNK, len(targets)))
-        yield model.lm_head(hidden[part]).float(), targets[part]
+def _hidden(model: PreTrainedModel, window: Int[Tensor, " window"], scored: int) -> Float[Tensor, "scored d_model"]:
+    """The states that the last ``scored`` tokens are predicted from."""
+    states = model.model(window.unsqueeze(0).to(input_device(model)), use_cache=False).last_hidden_state
+    return states[0, -scored - 1 : -1]
 
 
 def _check(tokens: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pliant.cli.console import hush_transformers
-from pliant.errors import CheckpointError, ConfigError
+from pliant.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from pliant.architectures import NptConfig
@@ -273,3 +273,21 @@ def fresh_folder(path: Path, option: str = "--output") -> Path:
             f"{option} must be a new or an empty folder; {str(path)!r} holds {shown}. Choose another, or empty it."
         )
     return path
+
+
+def prompt_text(given: str | None, file: Path | None) -> str:
+    """Returns the text of ``--prompt`` or ``--prompt-file``.
+
+    Raises:
+        BadParameter: Neither or both are given.
+        DataError: It holds nothing but white space, or the file cannot be read.
+    """
+    from pliant.data import read_text
+
+    if (given is None) == (file is None):
+        raise typer.BadParameter("give one text, here or in a --prompt-file.", param_hint="--prompt")
+    text = given if file is None else read_text(file).rstrip("\r\n")
+    assert text is not None
+    if not text.strip():
+        raise DataError(f"--prompt must hold some text; got {text!r}. Write what the model is to read.")
+    return text

@@ -49,7 +49,7 @@ def summary(records: Records) -> dict[str, Interval]:
     """
     if not records:
         raise DataError("records must hold at least one record; got none. Evaluate some cases first.")
-    fields = sorted({name for record in records for name, value in record.items() if _is_number(value)})
+    fields = sorted({name for record in records for name, value in record.items() if is_number(value)})
     weights = _weights(len(records))
     means = {name: _means(_column(records, name), weights) for name in fields}
     found = {name: _interval(means[name], int(np.isfinite(_column(records, name)).sum())) for name in fields}
@@ -69,10 +69,10 @@ def paired_difference(records_a: Records, records_b: Records, field: str) -> Int
     """
     names = SCORE_FIELDS if field == SCORE else (field,)
     for records in (records_a, records_b):
-        if missing := [name for name in names if not any(_is_number(record.get(name)) for record in records)]:
+        if missing := [name for name in names if not any(is_number(record.get(name)) for record in records)]:
             raise ConfigError(f"field must be a numeric field of the records; got {missing[0]!r}, which none has.")
-    left = {record["id"]: record for record in records_a if all(_is_number(record.get(name)) for name in names)}
-    right = {record["id"]: record for record in records_b if all(_is_number(record.get(name)) for name in names)}
+    left = {record["id"]: record for record in records_a if all(is_number(record.get(name)) for name in names)}
+    right = {record["id"]: record for record in records_b if all(is_number(record.get(name)) for name in names)}
     common = [name for name in left if name in right]
     if not common:
         raise DataError(
@@ -101,7 +101,7 @@ def recovered(before: Records, upper: Records, after: Records, field: str) -> In
         DataError: The three share no case with a value.
     """
     sides = [
-        {record["id"]: record for record in records if _is_number(record.get(field))}
+        {record["id"]: record for record in records if is_number(record.get(field))}
         for records in (before, upper, after)
     ]
     common = [name for name in sides[0] if all(name in side for side in sides)]
@@ -137,12 +137,12 @@ def ratio_of_sums(
         return _interval(transform(total / amount), len(records))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
 def _column(records: Records, name: str) -> np.ndarray:
-    return np.array([float(record[name]) if _is_number(record.get(name)) else np.nan for record in records])
+    return np.array([float(record[name]) if is_number(record.get(name)) else np.nan for record in records])
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ from pliant.architectures import LayerReport
 from pliant.architectures.base import Write
 from pliant.errors import ConversionError, EditError
 from pliant.models.edits import Delta, Edit
+from pliant.models.ledger import dense_weight, is_plain
 from pliant.models.placement import compute_device
 from pliant.models.selection import Layers, select_layers
 
@@ -138,6 +139,14 @@ def _size(model: Any, deltas: dict[str, Delta]) -> dict[str, float]:
             else:
                 change += float((delta.left @ delta.right.T + delta.scale[:, None] * weight).double().pow(2).sum())
     return {"norm": math.sqrt(change), "ratio": math.sqrt(change / own) if own else math.inf}
+
+
+def squared_norm(model: Any, path: str) -> float:
+    """Returns ``‖W‖²_F`` of a projection as the base has it, edits left out."""
+    with model.edits.suspended():
+        module = model.edits.projection(path)
+        weight = dense_weight(module) if is_plain(module) else base_weight(module)
+    return float(weight.double().pow(2).sum())
 
 
 def base_weight(module: Any) -> Float[Tensor, "out in"]:

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 import pliant
 from pliant.architectures import ModConfig
-from pliant.cli.routes.command import COLOURS, RoutedLayerTrace, Routes, Token, rendered, strength, told, trace
+from pliant.cli.routes.command import RoutedLayerTrace, Routes, rendered, told, trace
 from pliant.cli.routes.pictures import draw_html, draw_png
+from pliant.cli.token_grid import COLOURS, Token, strength
 from pliant.models import PliantSpec, family_of
 from pliant.models.graft import install
 

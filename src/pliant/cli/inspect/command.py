@@ -10,7 +10,8 @@ from pliant.cli import options as o
 from pliant.cli.console import hush_transformers, results, say_step
 from pliant.cli.info import config_of
 from pliant.cli.inspect.records import nothing_to_inspect, tokens_are_routed
-from pliant.cli.routes.command import colours_of, prompt_text
+from pliant.cli.options import prompt_text
+from pliant.cli.token_grid import colours_of
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pliant.cli.inspect.records import Word
-from pliant.cli.routes.command import token_texts
+from pliant.cli.token_grid import token_texts
 from pliant.statistics import input_device
 
 WORDS = 5

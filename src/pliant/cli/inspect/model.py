@@ -26,10 +26,10 @@ from pliant.cli.inspect.records import (
     nothing_to_inspect,
     tokens_are_routed,
 )
-from pliant.cli.routes.command import Token, token_texts
+from pliant.cli.token_grid import Token, token_texts
 from pliant.errors import ConfigError, DataError
-from pliant.models.consolidate_weights import base_weight
-from pliant.models.ledger import dense_weight, is_plain, stacked, summed_scale
+from pliant.models.consolidate_weights import squared_norm
+from pliant.models.ledger import stacked, summed_scale
 from pliant.statistics import input_device
 
 DIRECTIONS = 3
@@ -160,7 +160,7 @@ def _modulations(model: Any, ids: Int[Tensor, "1 tokens"], wanted: Sequence[int]
     for index, layer in layers.items():
         told: LayerReport = report.layers[index]
         writes = told.writes or {}
-        weight = math.sqrt(sum(_squared_norm(model, index, name) for name in writes))
+        weight = math.sqrt(sum(squared_norm(model, f"layers.{index}.mlp.{name}") for name in writes))
         norms = told.norm[0].float().cpu()
         found[index] = _Found(
             form=layer.layer_config.form,
@@ -171,14 +171,6 @@ def _modulations(model: Any, ids: Int[Tensor, "1 tokens"], wanted: Sequence[int]
             directions=_directions(layer.plastic, attention[index][0]),
         )
     return found
-
-
-def _squared_norm(model: Any, index: int, name: str) -> float:
-    """``‖W‖²_F`` of a projection as the base has it."""
-    with model.edits.suspended():
-        module = model.edits.projection(f"layers.{index}.mlp.{name}")
-        weight = dense_weight(module) if is_plain(module) else base_weight(module)
-    return float(weight.double().pow(2).sum())
 
 
 def _written(layer: Any, report: LayerReport, z: MlpInput) -> MlpInput:

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import set_cell_size
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from pliant.cli.inspect.records import EDITS, Direction, Inspection, Word
 from pliant.cli.page import Chart, HeatMap, HeatRow, Mark, Number, Section, Series, Swatch, Table, told_number
-from pliant.cli.routes.command import NARROWEST_LABEL, SHOWN_TOKENS, WIDEST_CELL, Token, cropped, numbers, strength
+from pliant.cli.token_grid import LABEL_WIDTH, SHOWN_TOKENS, Token, blocks, cropped, numbers, strength
 
-LABEL_WIDTH, WIDEST_HEADING = 18, 32
+WIDEST_HEADING = 32
 SHADES = "░▒▓█"
 NOTHING = "·"
 ROWS_ON_PAGE = 400
@@ -20,16 +20,10 @@ ROWS_ON_PAGE = 400
 def rendered(found: Inspection, width: int, colours: Sequence[str] = ()) -> Iterator[Text | TerminalTable]:
     """Yields the picture for a terminal of ``width`` columns, then the strongest cells in words."""
     yield Text(title(found), style="bold")
-    labels = [token.label for token in found.tokens[:SHOWN_TOKENS]]
-    indices = list(found.layers)
-    longest = max(cell_len(label) for label in labels)
-    label_width = max(NARROWEST_LABEL, min(longest, LABEL_WIDTH, width - 1 - 2 * len(indices)))
-    room = max(1, width - label_width - 1)
-    cell = max(1, min(WIDEST_CELL, room // len(indices)))
-    for start in range(0, len(indices), room // cell):
+    for indices, label_width, cell in blocks(found.tokens, list(found.layers), width):
         yield Text()
-        yield from _block(found, indices[start : start + room // cell], label_width, cell, colours)
-    if more := len(found.tokens) - len(labels):
+        yield from _block(found, indices, label_width, cell, colours)
+    if (more := len(found.tokens) - SHOWN_TOKENS) > 0:
         yield Text(f"… and {more} more tokens; --output FILE.html shows all", style="dim")
     yield Text()
     yield Text(f"{NOTHING} nothing   {' '.join(SHADES)} up to {told_number(found.far, 3)} and above: {found.measure}")

@@ -1,13 +1,12 @@
 """What an inspection found: which tokens rewrote which layers, in which directions, towards which words."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 from typing import Any
 
-from pliant.cli.routes.command import FAR, Token
+from pliant.cli.token_grid import Token, far_of
 from pliant.errors import ConfigError
 
 KEYED = ("keyed", "keyed_pre")
@@ -101,7 +100,7 @@ class Inspection:
         ratios = sorted(
             ratio for layer in self.layers.values() for p in self.positions if (ratio := layer.ratio(p)) > 0
         )
-        return ratios[math.ceil(FAR * len(ratios)) - 1] if ratios else 0.0
+        return far_of(ratios)
 
     @property
     def positions(self) -> range:

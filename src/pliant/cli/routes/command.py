@@ -8,30 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.cells import cell_len, set_cell_size
+from rich.cells import set_cell_size
 from rich.text import Text
 
 from pliant.cli import options as o
 from pliant.cli.console import results, say_step, shortened
+from pliant.cli.token_grid import (
+    SHOWN_TOKENS,
+    Token,
+    blocks,
+    colours_of,
+    cropped,
+    far_of,
+    numbers,
+    strength,
+    token_texts,
+)
 from pliant.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 SUFFIXES = (".png", ".html")
-SHOWN_TOKENS = 40
-LABEL_WIDTH = 18
-NARROWEST_LABEL = 8
-WIDEST_CELL = 4
 RAN, SKIPPED = "█", "·"
-COLOURS = ("#79b8e8", "#5b93ee", "#7a70ee", "#a455dd", "#cf3d9f")
-"""From just above the threshold to far above it; each can be told from a black and from a white background."""
-FEW_COLOURS = ("cyan", "blue", "magenta")
-"""Where a terminal has no more than sixteen."""
-FAR = 0.95
-"""Quantile of the margins from which on the colour is the strongest."""
 
 
 def routes(
@@ -63,7 +62,7 @@ def routes(
     pliant routes outputs/mod --prompt-file essay.txt --output outputs/routes.html
     """
     given = locals()  # every option by its name
-    text = prompt_text(prompt, prompt_file)
+    text = o.prompt_text(prompt, prompt_file)
     if output is not None:
         _check_output(output)
     if not as_json:
@@ -84,24 +83,6 @@ def routes(
             results.print(line, soft_wrap=True)
 
 
-def prompt_text(given: str | None, file: Path | None) -> str:
-    """Returns the text of ``--prompt`` or ``--prompt-file``.
-
-    Raises:
-        BadParameter: Neither or both are given.
-        DataError: It holds nothing but white space, or the file cannot be read.
-    """
-    from pliant.data import read_text
-
-    if (given is None) == (file is None):
-        raise typer.BadParameter("give one text, here or in a --prompt-file.", param_hint="--prompt")
-    text = given if file is None else read_text(file).rstrip("\r\n")
-    assert text is not None
-    if not text.strip():
-        raise DataError(f"--prompt must hold some text; got {text!r}. Write what the model is to read.")
-    return text
-
-
 def _check_output(file: Path) -> None:
     if file.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--output must end in {' or '.join(SUFFIXES)}; got {str(file)!r}. Choose one of them.")
@@ -111,20 +92,6 @@ def _check_output(file: Path) -> None:
         )
     if file.is_dir():
         raise ConfigError(f"--output must be a file; {str(file)!r} is a folder. Choose another name.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Token:
-    """A token of the text; ``is_new`` if the model wrote it."""
-
-    id: int
-    text: str
-    is_new: bool
-
-    @property
-    def label(self) -> str:
-        """The text as one line without control characters; white space alone in quotes."""
-        return _visible(self.text) if self.text.strip() else repr(self.text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +153,7 @@ class Routes:
             for position, runs in enumerate(layer.runs)
             if runs and 0 < (margin := layer.margin(position)) < math.inf
         )
-        return margins[math.ceil(FAR * len(margins)) - 1] if margins else 0.0
+        return far_of(margins)
 
     @property
     def title(self) -> str:
@@ -226,13 +193,6 @@ class Routes:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def strength(margin: float, far: float) -> float:
-    """How strong the colour of a margin is: 0 at the threshold, 1 from ``far`` on."""
-    if margin <= 0:
-        return 0.0
-    return margin / far if margin < far else 1.0
 
 
 def trace(model: Any, prompt: str, new_tokens: int = 0) -> Routes:
@@ -287,16 +247,6 @@ def trace(model: Any, prompt: str, new_tokens: int = 0) -> Routes:
     )
 
 
-def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: "Int[Tensor, '1 tokens']") -> Iterator[str]:
-    """Yields the text of each token, with the space before a word that some tokenizers drop there."""
-    for token in ids[0].tolist():
-        piece = str(tokenizer.convert_ids_to_tokens(token))
-        text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        if piece.startswith("▁") and not text.startswith(" "):
-            text = f" {text}"
-        yield text or piece
-
-
 def _kv_kept(model: Any, layers: Mapping[int, RoutedLayerTrace]) -> float:
     dynamic, count = model.dynamic_layers, len(model.model.layers)
     saved = sum(1 - layer.share for index, layer in layers.items() if dynamic[index].keeps_keys)
@@ -325,17 +275,6 @@ def _weights(module: Any) -> int:
     return own + sum(_weights(child) for child in module.children())
 
 
-def _visible(text: str) -> str:
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def cropped(label: str, width: int) -> str:
-    """A label of at most ``width`` columns of a terminal, its end cut off."""
-    if cell_len(label) <= width:
-        return label
-    return set_cell_size(label, width - 1).rstrip() + "…"
-
-
 def told(found: Routes, layer: int, position: int) -> str:
     """What one layer did with one token, in words."""
     start = f"token {shortened(repr(found.tokens[position].text))} · layer {layer}"
@@ -348,29 +287,16 @@ def told(found: Routes, layer: int, position: int) -> str:
     return f"{start} · score {score:.3g} {relation} τ {shown} · {outcome}"
 
 
-def colours_of(system: str | None) -> Sequence[str]:
-    """The colours of a terminal, from weak to strong; none where it has none."""
-    if system is None:
-        return ()
-    return COLOURS if system in ("256", "truecolor") else FEW_COLOURS
-
-
 def rendered(found: Routes, width: int, colours: Sequence[str] = ()) -> Iterator[Text]:
     """Yields the lines of the picture for a terminal of ``width`` columns.
 
     Layers that do not fit beside each other come in a further block below.
     """
     yield Text(found.title, style="bold")
-    labels = [token.label for token in found.tokens[:SHOWN_TOKENS]]
-    longest = max(cell_len(label) for label in labels)
-    indices = list(found.layers)
-    label_width = max(NARROWEST_LABEL, min(longest, LABEL_WIDTH, width - 1 - 2 * len(indices)))
-    room = max(1, width - label_width - 1)
-    cell = max(1, min(WIDEST_CELL, room // len(indices)))
-    for start in range(0, len(indices), room // cell):
+    for indices, label_width, cell in blocks(found.tokens, list(found.layers), width):
         yield Text()
-        yield from _block(found, indices[start : start + room // cell], label_width, cell, colours)
-    if more := len(found.tokens) - len(labels):
+        yield from _block(found, indices, label_width, cell, colours)
+    if (more := len(found.tokens) - SHOWN_TOKENS) > 0:
         yield Text(f"… and {more} more tokens, which the shares count; --output FILE.html shows all", style="dim")
     yield Text()
     yield _legend(colours)
@@ -399,15 +325,6 @@ def _block(found: Routes, indices: list[int], label_width: int, cell: int, colou
     shares = [round(100 * layer.share) for layer in layers]
     for number, row in enumerate(numbers(shares, cell)):
         yield Text(f"{'ran, %' if not number else '':<{label_width}} {row}".rstrip(), style="bold")
-
-
-def numbers(values: Sequence[int], cell: int) -> list[str]:
-    """Numbers side by side in cells, upright where they are too wide."""
-    texts = [str(value) for value in values]
-    most = max(len(text) for text in texts)
-    if most < cell or most == cell == 1:
-        return ["".join(f"{text:<{cell}}" for text in texts)]
-    return ["".join(f"{text.rjust(most)[digit]:<{cell}}" for text in texts) for digit in range(most)]
 
 
 def _legend(colours: Sequence[str]) -> Text:

@@ -16,7 +16,8 @@ from matplotlib.patches import Rectangle
 from pliant.cli.console import shortened
 from pliant.cli.page import HeatMap, HeatRow, Mark, Section, Swatch, write_page
 from pliant.cli.plots import ACCENT, GREY
-from pliant.cli.routes.command import Routes, cropped, strength, told
+from pliant.cli.routes.command import Routes, told
+from pliant.cli.token_grid import cropped, strength
 from pliant.models.staging import replaced
 
 DENSE, GRID, INK = "#d5d8dd", "#eceef1", "#111827"

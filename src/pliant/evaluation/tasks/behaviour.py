@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pliant.evaluation.editing.cases import prompt_tokens
 from pliant.evaluation.scoring import continuations
 from pliant.models import DynamicCausalLM
-from pliant.models.consolidate_weights import base_weight
+from pliant.models.consolidate_weights import squared_norm
 from pliant.statistics import evaluating, input_device
 
 PROMPTS = (
@@ -74,12 +74,8 @@ def _weight_norms(model: DynamicCausalLM, ids: Tensor) -> dict[int, float]:
     """Returns ``‖W‖_F`` of the projections that each layer rewrites, which its writes for any token name."""
     with evaluating(model), model.report(writes=True) as report:
         model.model(ids, use_cache=False)
-    with model.edits.suspended():
-        squares = {
-            index: sum(
-                float(base_weight(model.edits.projection(f"layers.{index}.mlp.{name}")).double().pow(2).sum())
-                for name in layer.writes or {}
-            )
-            for index, layer in report.layers.items()
-        }
+    squares = {
+        index: sum(squared_norm(model, f"layers.{index}.mlp.{name}") for name in layer.writes or {})
+        for index, layer in report.layers.items()
+    }
     return {index: math.sqrt(square) for index, square in squares.items() if square}

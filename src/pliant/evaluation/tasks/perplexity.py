@@ -2,14 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from pliant.data import documents, read_text, token_windows
@@ -17,9 +14,9 @@ from pliant.errors import ConfigError, DataError
 from pliant.evaluation.editing.figures import as_json
 from pliant.evaluation.intervals import ratio_of_sums
 from pliant.evaluation.records import Record, Records
-from pliant.metrics import LOGITS_CHUNK
+from pliant.metrics import window_sums
 from pliant.models import DynamicCausalLM
-from pliant.statistics import Progress, evaluating, input_device
+from pliant.statistics import Progress, evaluating
 
 NUM_TOKENS, WINDOW = 12_288, 512
 EMBEDDED_TEXT = "embedded validation text"
@@ -90,7 +87,9 @@ def measure_windows(
     names = [f"{first}-{end}" for first, end, _ in places]
     for done, (name, (first, end, scored)) in enumerate(zip(names, places, strict=True), start=1):
         if name not in records:
-            found = _measured(model, tokens[first:end], scored, with_base=with_base)
+            with evaluating(model):
+                base = model if with_base else None
+                found = window_sums(model, tokens[first:end], scored=scored, base=base)
             if not np.isfinite(found["nll"]):
                 raise DataError(
                     f"the negative log-likelihood must be finite; got {found['nll']} for tokens {name}. Load the "
@@ -100,36 +99,6 @@ def measure_windows(
         if progress is not None:
             progress("Reading held-out text", done, len(places))
     return [records[name] for name in names]
-
-
-@torch.no_grad()
-def _measured(model: DynamicCausalLM, window: Tensor, scored: int, *, with_base: bool) -> dict[str, float]:
-    ids = window[None].to(input_device(model))
-    with evaluating(model):
-        hidden = _last_hidden(model, ids, scored)
-        with model.base_mode() if with_base else nullcontext():
-            base_hidden = _last_hidden(model, ids, scored) if with_base else hidden
-    sums: dict[str, float] = {name: 0.0 for name in ("nll", "base_nll", "kl", "agreement")}
-    targets = window[-scored:].to(hidden.device)
-    for start in range(0, scored, LOGITS_CHUNK):
-        part = slice(start, start + LOGITS_CHUNK)
-        log_p = _log_p(model, hidden[part])
-        sums["nll"] += functional.nll_loss(log_p, targets[part], reduction="sum").item()
-        if with_base:
-            base_log_p = _log_p(model, base_hidden[part])
-            sums["base_nll"] += functional.nll_loss(base_log_p, targets[part], reduction="sum").item()
-            sums["kl"] += functional.kl_div(log_p, base_log_p, reduction="sum", log_target=True).item()
-            sums["agreement"] += (log_p.argmax(-1) == base_log_p.argmax(-1)).sum().item()
-    return sums if with_base else {"nll": sums["nll"]}
-
-
-def _last_hidden(model: DynamicCausalLM, ids: Tensor, scored: int) -> Tensor:
-    """Returns the states (scored, d_model) that the last ``scored`` tokens are predicted from."""
-    return model.model(ids, use_cache=False).last_hidden_state[0, -scored - 1 : -1]
-
-
-def _log_p(model: DynamicCausalLM, hidden: Tensor) -> Tensor:
-    return model.lm_head(hidden).float().log_softmax(-1)
 
 
 def perplexity_figures(records: list[Record]) -> dict[str, Any]:

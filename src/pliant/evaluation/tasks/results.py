@@ -8,7 +8,7 @@ from typing import Any
 
 from pliant.errors import DataError
 from pliant.evaluation.editing.figures import as_json
-from pliant.evaluation.intervals import paired_difference, summary
+from pliant.evaluation.intervals import is_number, paired_difference, summary
 from pliant.evaluation.records import Record
 from pliant.models.staging import replaced
 
@@ -64,12 +64,8 @@ def _records(folder: Path, name: str, side: str) -> list[Record]:
     for sample in _lines(samples_file(folder, name, side)):
         record = found.setdefault(f"{sample['task']}-{sample['doc_id']}", {})
         values = {metric: sample[metric] for metric in sample["metrics"]}
-        record |= {f"{metric},{sample['filter']}": value for metric, value in values.items() if _is_number(value)}
+        record |= {f"{metric},{sample['filter']}": value for metric, value in values.items() if is_number(value)}
     return [{"id": name, **record} for name, record in found.items()]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, bool | int | float)
 
 
 def read_json(file: Path) -> dict[str, Any]:

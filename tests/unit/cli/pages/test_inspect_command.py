@@ -13,7 +13,7 @@ from pliant.cli.inspect.lens import nearest_words
 from pliant.cli.inspect.model import _modulations, inspect_model
 from pliant.cli.inspect.pictures import heat_map, rendered
 from pliant.cli.inspect.records import Inspection, LayerInspection
-from pliant.cli.routes.command import Token
+from pliant.cli.token_grid import Token
 
 PROMPT = "A small robot walks over the green hill"
 
