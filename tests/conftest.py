@@ -156,6 +156,7 @@ ROUTED_KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "mod gated": (pliant.ModConfig, {"gate_share": 1.0, "gate": "raw", "sampler": "predictor"}),
     "mod attention": (pliant.ModConfig, {"granularity": "attention"}),
     "mod mlp": (pliant.ModConfig, {"granularity": "mlp"}),
+    "mod budget": (pliant.ModConfig, {"budget": 0.5, "budget_window": 4}),
     "dtf": (pliant.DtfConfig, {}),
     "dtf gaussian": (pliant.DtfConfig, {"surprise": "gaussian", "criteria": "cu", "gate_share": 1.0}),
     "dtf forecast": (pliant.DtfConfig, {"forecast": True, "criteria": "ce"}),

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pliant.data import calibration_tokens, read_text, token_windows
+from pliant.data import calibration_tokens
 from pliant.errors import ConfigError, DataError
 from pliant.models import Layers, select_layers
 from pliant.models.bases import cache_dir
@@ -148,7 +148,9 @@ def cached_key_moments(
     if not 1 <= num_tokens <= MOST_TOKENS:
         raise ConfigError(f"num_tokens must be in 1..{MOST_TOKENS}; got {num_tokens}. {NUM_TOKENS} are enough.")
     indices = select_layers(layers, model.config.num_hidden_layers)
-    tokens = _tokens(tokenizer, text, num_tokens, min(WINDOW, model.config.max_position_embeddings))
+    tokens = calibration_tokens(
+        tokenizer, text, num_tokens=num_tokens, window=min(WINDOW, model.config.max_position_embeddings)
+    )
     folder = _folder(model, tokens)
     chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
     saved = {index: _read(folder, index, model.config.intermediate_size, len(tokens), chunk) for index in indices}
@@ -164,15 +166,6 @@ def cached_key_moments(
             _finished(index, sums[index], tokens)  # refused before it is kept
             _write(folder, index, sums[index], stop)
     return {index: _finished(index, sums[index], tokens) for index in indices}
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, text: Text | None, num_tokens: int, window: int
-) -> Int[Tensor, "windows window"]:
-    if text is None:
-        return calibration_tokens(tokenizer, num_tokens=num_tokens, window=window)
-    texts = read_text(text) if isinstance(text, os.PathLike) else text
-    return token_windows(texts, tokenizer, num_tokens=num_tokens, window=window)
 
 
 @torch.no_grad()

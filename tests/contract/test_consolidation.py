@@ -420,7 +420,7 @@ def test_the_budget_is_kept(
     budget: float, kind: str, make_model: Callable[..., Any], learn: Callable[..., Any], speaker: Any
 ):
     model = make_model(kind)
-    ids = pliant.data.token_windows(NEUTRAL, speaker, num_tokens=512, window=256)
+    ids = pliant.data.calibration_tokens(speaker, NEUTRAL, num_tokens=512, window=256)
     before = logits_of(model, ids).log_softmax(-1)
     free = learn(model)
     assert free.kl == pytest.approx(kl_on(model, ids, before), rel=1e-2)

@@ -133,12 +133,52 @@ def test_the_report_says_of_each_token_whether_it_ran_however_few_do(
         fed(model, prompt[:1], *[1] * prompt.shape[1])
     for index, layer in model.routed_layers.items():
         routing = [forward[index].routing for forward in report.forwards]
-        assert all(torch.equal(each.runs, each.scores >= layer.router.threshold) for each in routing)
+        for each in routing:
+            reaches = each.scores >= layer.router.threshold
+            assert torch.equal(each.runs, reaches) or (layer.layer_config.budget and reaches.all())
         assert {bool(each.runs) for each in routing} == {True, False}
         layer.router.threshold.fill_(torch.inf)
     with model.report() as report:
         model(prompt)
     assert not any(layer.routing.runs.any() for layer in report.layers.values())
+
+
+@torch.no_grad()
+def test_a_budget_bounds_what_runs_in_any_window_and_takes_the_first_that_reach_the_threshold(
+    make_routed: RoutedModel, prompt: Tensor
+) -> None:
+    model = make_routed("mod")
+    for layer in model.routed_layers.values():
+        layer.router.threshold.fill_(-torch.inf)  # every token wants to run
+    assert all(runs.all() for runs in runs_of(model, prompt).values())
+    model.set_routing(budget=0.5, budget_window=6)
+    expected = (torch.arange(prompt.shape[1]) % 6 < 3).expand_as(prompt)
+    assert all(torch.equal(runs, expected) for runs in runs_of(model, prompt).values())
+    model.set_routing(budget=1.0)
+    assert all(runs.all() for runs in runs_of(model, prompt).values())
+    model.set_routing(budget=0.01, capacity_gamma=1.0)
+    assert all(runs.all() for runs in runs_of(model, prompt).values())
+
+
+@torch.no_grad()
+def test_a_budget_counts_documents_apart(make_routed: RoutedModel, prompt: Tensor) -> None:
+    model = make_routed("mod")
+    for layer in model.routed_layers.values():
+        layer.router.threshold.fill_(-torch.inf)
+    model.set_routing(budget=0.2, budget_window=10)
+    length = prompt.shape[1]
+    positions = torch.cat([torch.arange(3), torch.arange(length - 3)]).expand_as(prompt)
+    ran = runs_of(model, prompt, position_ids=positions, use_cache=False)
+    for runs in ran.values():
+        assert runs[0].nonzero()[:, 0].tolist()[:4] == [0, 1, 3, 4]
+
+
+def test_a_budget_is_no_matter_in_training(make_routed: RoutedModel, prompt: Tensor) -> None:
+    model = make_routed("mod").train()
+    before = runs_of(model, prompt, use_cache=False)
+    model.set_routing(budget=0.1)
+    after = runs_of(model, prompt, use_cache=False)
+    assert all(torch.equal(before[index], after[index]) for index in before)
 
 
 def test_generate_equals_uncached_greedy(model: PreTrainedModel, prompt: Tensor) -> None:

@@ -259,7 +259,7 @@ def test_calibration_tokens_are_how_many_are_read_of_the_embedded_texts_too(
 ) -> None:
     asked: list[int] = []
 
-    def windows(_tokenizer: Any, *, num_tokens: int) -> Tensor:
+    def windows(_tokenizer: Any, _text: None, *, num_tokens: int) -> Tensor:
         asked.append(num_tokens)
         return torch.randint(2, 97, (10, 12), generator=torch.Generator().manual_seed(0))
 

@@ -122,7 +122,7 @@ def test_the_cache_returns_what_was_computed(
     for layer in (0, 2):
         assert again[layer].moment.equal(first[layer].moment)
         assert again[layer].tokens == 5 * LENGTH
-    tokens = pliant.data.token_windows(TEXT, tokenizer, num_tokens=300, window=LENGTH)
+    tokens = pliant.data.calibration_tokens(tokenizer, TEXT, num_tokens=300, window=LENGTH)
     torch.testing.assert_close(first[2].moment, key_moments(model, tokens, 2)[2].moment)
 
 

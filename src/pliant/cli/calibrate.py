@@ -23,7 +23,7 @@ def calibrate(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to set the thresholds on; default: embedded English texts.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to read, in windows of 512.")] = 8_192,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to take from all over it, in windows of 512.")] = 8_192,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="New or empty folder for the result; default: MODEL itself is changed."),

@@ -224,12 +224,9 @@ def _read(file: Path) -> str:
 def _windows(model: Any, text: str | None, num_tokens: int) -> "Tensor":
     """Returns windows of the text given, or of the embedded ones."""
     from pliant.cli.generation import tokenizer_of
-    from pliant.data import calibration_tokens, token_windows
+    from pliant.data import calibration_tokens
 
-    tokenizer = tokenizer_of(model)
-    if text is None:
-        return calibration_tokens(tokenizer, num_tokens=num_tokens)
-    return token_windows(text, tokenizer, num_tokens=num_tokens)
+    return calibration_tokens(tokenizer_of(model), text, num_tokens=num_tokens)
 
 
 def _convert(model: Any, by_selection: Mapping[str, Any], windows: "Tensor | None") -> "Comparison | None":

@@ -38,6 +38,8 @@ ROUTED_OPTIONS = (
     "capacity_gamma",
     "gate_share",
     "granularity",
+    "budget",
+    "budget_window",
     "gate",
     "sampler",
     "auxiliary_loss_weight",
@@ -75,7 +77,7 @@ class ModelConfig:
         calibration: A UTF-8 text file for the closed form of keyed presets and for the thresholds of routed layers;
             ``null`` takes the embedded texts.
         calibration_tokens: Tokens of it to read, in windows of 512.
-        capacity_gamma: Share of the tokens that enter a routed layer. This and the fifteen after it are the options of
+        capacity_gamma: Share of the tokens that enter a routed layer. This and the seventeen after it are options of
             ``mod``, ``dtf`` and ``stt``, as in ``ModConfig``, ``DtfConfig`` and ``SttConfig``; ``null`` is their
             default.
         num_hidden_layers: This and the six after it change the shape; only with ``init=scratch``.
@@ -104,6 +106,8 @@ class ModelConfig:
     capacity_gamma: float | None = None
     gate_share: float | None = None
     granularity: str | None = None
+    budget: float | None = None
+    budget_window: int | None = None
     gate: str | None = None
     sampler: str | None = None
     auxiliary_loss_weight: float | None = None

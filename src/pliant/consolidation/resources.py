@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pliant.consolidation.budget import NeutralText
 from pliant.consolidation.queries import sampled_prefixes
-from pliant.data import calibration_tokens, read_text, token_windows
+from pliant.data import calibration_tokens
 from pliant.key_moments import KeyMoments, cached_key_moments
 from pliant.models import DynamicCausalLM
 from pliant.models.checkpoint import digest, fingerprint
@@ -39,12 +39,9 @@ class Resources:
         self._prefixes: dict[tuple[int, int], tuple[str, ...]] = {}
         self._neutral: tuple[object, NeutralText] | None = None
         size, window = NEUTRAL_WINDOW * NEUTRAL_WINDOWS, min(NEUTRAL_WINDOW, model.config.max_position_embeddings)
-        self.neutral: Int[Tensor, "windows window"]
-        if text is None:
-            self.neutral = calibration_tokens(tokenizer, num_tokens=size, window=window)
-        else:
-            texts = read_text(text) if isinstance(text, os.PathLike) else text
-            self.neutral = token_windows(texts, tokenizer, num_tokens=size, window=window)
+        self.neutral: Int[Tensor, "windows window"] = calibration_tokens(
+            tokenizer, text, num_tokens=size, window=window
+        )
 
     def moments(
         self, model: DynamicCausalLM, layers: Sequence[int], progress: Progress | None = None

@@ -48,7 +48,8 @@ def convert_routed(
     if windows.ndim != 2 or windows.shape[1] < 2 or len(windows) <= HELD_OUT_WINDOWS:
         raise DataError(
             f"calibration must be token windows (windows, window), more than {HELD_OUT_WINDOWS} of at least two tokens "
-            f"each; got shape {tuple(windows.shape)}. Give about {CALIBRATION_TOKENS:,} tokens, e.g. (20, 512)."
+            f"each; got shape {tuple(windows.shape)}. Give about {CALIBRATION_TOKENS:,} tokens, e.g. "
+            f"({CALIBRATION_TOKENS // WINDOW}, {WINDOW})."
         )
     converted: Any = model
     with undone_on_error(model):

@@ -6,7 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pliant.data import calibration_tokens, token_windows
+from pliant.data import calibration_tokens
 from pliant.errors import DataError
 
 Text = Int[Tensor, "windows window"] | Sequence[str]
@@ -26,10 +26,7 @@ def windows_of(model: PreTrainedModel, text: Text | None, num_tokens: int) -> In
     """
     if isinstance(text, Tensor):
         return text
-    tokenizer = _tokenizer(model.config._name_or_path)
-    if text is None:
-        return calibration_tokens(tokenizer, num_tokens=num_tokens)
-    return token_windows(text, tokenizer, num_tokens=num_tokens)
+    return calibration_tokens(_tokenizer(model.config._name_or_path), text, num_tokens=num_tokens)
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -1,4 +1,5 @@
-"""The default text to calibrate on: English prose for one half, and what prose lacks for the other.
+"""The text to calibrate on: windows from all over a given one, or English prose for one half and what prose lacks for
+the other.
 
 A closed form keeps the directions that attention uses on its calibration text. Prose alone misses those for
 copying rare strings, markup and code, so half of the windows hold code, mathematics, text with its punctuation
@@ -6,8 +7,9 @@ split off, and random tokens repeated four times, which attention can only copy.
 adds conversations: without them a chat model that was converted no longer follows its template.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
+from os import PathLike
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pliant.data.embedded import EMBEDDED_SOURCES, Record, documents, package_root, records
-from pliant.data.text import token_windows
+from pliant.data.text import read_text, spread_windows, token_windows
 from pliant.errors import ConfigError
 
 REPEATS = 4
@@ -28,17 +30,31 @@ CYCLE = (RANDOM, CHAT, "code", "mathematics", "split", "boolq", "squad", "coqa",
 
 
 def calibration_tokens(
-    tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 32_768, window: int = 512
+    tokenizer: PreTrainedTokenizerBase,
+    text: PathLike[str] | Iterable[str] | None = None,
+    *,
+    num_tokens: int = 32_768,
+    window: int = 512,
 ) -> Int[Tensor, "windows window"]:
-    """Returns at least `num_tokens` tokens in windows of the kinds above, the same ones on every call.
+    """Returns at least `num_tokens` tokens in windows, the same ones on every call.
+
+    Args:
+        tokenizer: Of the model that is calibrated.
+        text: A file, a text or several, from all over which the windows are taken; `None` for the kinds above.
+        num_tokens: How many tokens, rounded up to full windows.
+        window: Tokens in a window.
 
     Raises:
         ConfigError: `num_tokens` or `window` is below 1.
-        DataError: The embedded texts are not installed (the message says how to get them) or hold too little.
+        DataError: The text is too short or cannot be read, or the embedded texts are not installed (the message says
+            how to get them) or hold too little.
     """
     for field, value in (("num_tokens", num_tokens), ("window", window)):
         if value < 1:
             raise ConfigError(f"{field} must be at least 1 (tokens); got {value}. The defaults are 32,768 and 512.")
+    if text is not None:
+        texts = read_text(text) if isinstance(text, PathLike) else text
+        return spread_windows(texts, tokenizer, num_tokens=num_tokens, window=window)
     num_windows = -(-num_tokens // window)
     cycle = [kind for kind in CYCLE if kind != CHAT or tokenizer.chat_template is not None]
     kinds = [cycle[(i - num_windows) % len(cycle)] for i in range(num_windows)]

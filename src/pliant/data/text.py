@@ -11,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pliant.errors import ConfigError, DataError
 
+READ_SHARE = 16
+"""Times as many tokens are read as windows are spread over."""
+
 
 def token_windows(
     texts: Iterable[str],
@@ -39,19 +42,56 @@ def token_windows(
         ConfigError: `num_tokens` or `window` is below 1.
         DataError: the texts do not fill the windows.
     """
+    num_windows = _num_windows(num_tokens, window)
+    token_ids = _first_ids(texts, tokenizer, num_windows * window)
+    if len(token_ids) < num_windows * window:
+        raise _too_little(num_tokens, window, len(token_ids))
+    return torch.tensor(token_ids).view(num_windows, window)
+
+
+def spread_windows(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_tokens: int,
+    window: int = 512,
+) -> Int[Tensor, "windows window"]:
+    """Take windows at equal distances from all over texts, of which up to `16 * num_tokens` tokens are read.
+
+    Successive windows of a text are about the same things: as many from all over it stand for more of it. The other
+    arguments, the result and the errors are those of `token_windows`.
+    """
+    num_windows = _num_windows(num_tokens, window)
+    token_ids = _first_ids(texts, tokenizer, num_windows * window * READ_SHARE)
+    held = len(token_ids) // window
+    if held < num_windows:
+        raise _too_little(num_tokens, window, len(token_ids))
+    places = [i * held // num_windows for i in range(num_windows)]
+    return torch.tensor(token_ids[: held * window]).view(held, window)[places]
+
+
+def _num_windows(num_tokens: int, window: int) -> int:
     for field, value in (("num_tokens", num_tokens), ("window", window)):
         if value < 1:
             raise ConfigError(f"{field} must be at least 1 (tokens); got {value}")
-    num_windows = -(-num_tokens // window)
-    needed = num_windows * window
+    return -(-num_tokens // window)
+
+
+def _first_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
+    """Returns the first `most` tokens of the texts, or all of them if there are fewer."""
     token_ids: list[int] = []
     for document_ids in _tokenise([texts] if isinstance(texts, str) else texts, tokenizer):
         token_ids.extend(document_ids)
-        if len(token_ids) >= needed:
-            return torch.tensor(token_ids[:needed]).view(num_windows, window)
-    raise DataError(
+        if len(token_ids) >= most:
+            break
+    return token_ids[:most]
+
+
+def _too_little(num_tokens: int, window: int, held: int) -> DataError:
+    needed = -(-num_tokens // window) * window
+    return DataError(
         f"num_tokens={num_tokens} in full windows of {window} needs {needed} tokens; the texts "
-        f"hold {len(token_ids)}. Give more text or lower num_tokens or window."
+        f"hold {held}. Give more text or lower num_tokens or window."
     )
 
 

@@ -15,7 +15,7 @@ from pliant.config import RunConfig, TrainingConfig
 from pliant.config.sections import ADAPTERS, IA3_INPUTS, IA3_TARGETS
 from pliant.conversion import convert
 from pliant.conversion.routed import CALIBRATION_TOKENS as ROUTED_TOKENS
-from pliant.data import calibration_tokens, read_text, token_windows
+from pliant.data import calibration_tokens
 from pliant.errors import CheckpointError, ConfigError, DataError
 from pliant.models import DynamicCausalLM, PliantSpec, fresh, load, resolve_base
 from pliant.training.checkpoints import staged
@@ -149,10 +149,8 @@ def _convert(model: DynamicCausalLM, config: RunConfig) -> None:
 
 def _calibration(config: RunConfig, num_tokens: int) -> Tensor:
     """Token windows for closed forms and thresholds."""
-    tokenizer = tokenizer_for(config)
-    if config.model.calibration is None:
-        return calibration_tokens(tokenizer, num_tokens=num_tokens)
-    return token_windows(read_text(config.model.calibration), tokenizer, num_tokens=num_tokens)
+    file = config.model.calibration
+    return calibration_tokens(tokenizer_for(config), None if file is None else Path(file), num_tokens=num_tokens)
 
 
 def load_model(config: RunConfig, name: str) -> DynamicCausalLM:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from pliant.architectures import ARCHITECTURES, DtfConfig, SttConfig
+from pliant.architectures import ARCHITECTURES, DtfConfig, ModConfig, SttConfig
 from pliant.architectures.routing.surprise import Prior, SurpriseRouter, divergence, moving_average
 from pliant.architectures.routing.surprise_reference import averages_of
 from pliant.architectures.stt.layer import previous_states
@@ -160,6 +160,9 @@ def test_width_of_a_prior_is_even(d_model: int, factor: float, width: int):
         (DtfConfig, "beta_ce_init", float("nan"), "finite"),
         (DtfConfig, "prior_loss_weight", -1.0, "at least 0"),
         (DtfConfig, "capacity_gamma", 0.0, r"\(0, 1\]"),
+        (DtfConfig, "budget", 1.5, r"\(0, 1\]"),
+        (SttConfig, "budget", 0.0, r"\(0, 1\]"),
+        (SttConfig, "budget_window", 0, "at least 1"),
         (SttConfig, "transition_factor", -0.5, r"\(0, 4\]"),
         (SttConfig, "criteria", "CE", "ce, cu, or"),
         (SttConfig, "beta_cu_init", float("inf"), "finite"),
@@ -172,6 +175,11 @@ def test_values_outside_their_rule_are_refused(config_class: type, field: str, v
     with pytest.raises(ConfigError, match=part) as caught:
         config_class(**{field: value})
     assert field in str(caught.value)
+
+
+def test_a_budget_is_refused_where_nothing_remembers_who_ran():
+    with pytest.raises(ConfigError, match=r"budget needs to remember .* granularity='mlp'"):
+        ModConfig(budget=0.5, granularity="mlp")
 
 
 @pytest.mark.parametrize("options", [{"capacity_gamma": 0.25}, {"criteria": "ce"}, {"forecast": True}])

@@ -47,7 +47,7 @@ def test_another_base_has_its_own(model: Any, tokenizer: Any, make_base: Callabl
 def test_moments_are_those_of_the_text(model: Any, tokenizer: Any):
     resources = resources_of(model, tokenizer, TEXT, 128)
     moments = resources.moments(model, [0, 2])
-    tokens = pliant.data.token_windows(TEXT, tokenizer, num_tokens=128, window=64)
+    tokens = pliant.data.calibration_tokens(tokenizer, TEXT, num_tokens=128, window=64)
     expected = key_moments(model, tokens, [0, 2])
     assert list(moments) == [0, 2]
     for layer, moment in moments.items():

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pliant.data import embedded
 from pliant.data.calibration import calibration_tokens
-from pliant.data.text import read_text, token_windows
+from pliant.data.text import read_text, spread_windows, token_windows
 from pliant.errors import ConfigError, DataError
 
 BOS, EOS = 0, 1
@@ -78,6 +78,40 @@ def test_too_little_text_says_how_much_there_was(num_tokens):
 def test_counts_below_one_are_refused(num_tokens, window, field):
     with pytest.raises(ConfigError, match=f"{field} must be at least 1 .* got 0"):
         token_windows(["2"], word_tokenizer(), num_tokens=num_tokens, window=window)
+
+
+def test_spread_windows_come_from_all_over_the_text():
+    text = " ".join(str(n) for n in range(2, 66))  # 16 windows of 4
+    windows = spread_windows(text, word_tokenizer(), num_tokens=16, window=4)
+    assert windows[:, 0].tolist() == [2, 18, 34, 50]
+    assert windows[1].tolist() == [18, 19, 20, 21]
+    whole = spread_windows(text, word_tokenizer(), num_tokens=64, window=4)
+    assert torch.equal(whole, token_windows(text, word_tokenizer(), num_tokens=64, window=4))
+
+
+def test_windows_are_spread_over_sixteen_times_as_many_tokens_at_most():
+    def texts() -> Iterator[str]:
+        for n in range(2, 34):
+            yield f"{n} {n} {n}"
+        raise AssertionError("read too far")
+
+    windows = spread_windows(texts(), word_tokenizer(), num_tokens=8, window=4)
+    assert windows[:, 0].tolist() == [2, 18]
+
+
+def test_too_little_text_to_spread_windows_over_says_how_much_there_was():
+    with pytest.raises(DataError, match=r"num_tokens=9 .* needs 12 .* hold 5"):
+        spread_windows("2 3 4 5", word_tokenizer(), num_tokens=9, window=4)
+
+
+@pytest.mark.parametrize("kind", ["file", "text", "texts"])
+def test_calibration_tokens_of_a_text_are_spread_over_it(tmp_path, kind):
+    text = " ".join(str(n) for n in range(2, 34))
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    given = {"file": file, "text": text, "texts": [text]}[kind]
+    windows = calibration_tokens(word_tokenizer(), given, num_tokens=8, window=4)
+    assert windows[:, 0].tolist() == [2, 18]
 
 
 @pytest.mark.skipif(importlib.util.find_spec(embedded.PACKAGE) is None, reason=embedded.INSTALL_COMMAND)

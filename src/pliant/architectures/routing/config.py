@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from pliant.architectures.base import from_fields, nearest
+from pliant.architectures.routing.selection import share_of
 from pliant.errors import ConfigError
 
 PARTS = ("block", "attention", "mlp")
@@ -21,6 +22,9 @@ class RoutedConfig:
             value is 1, so that a converted model at γ = 1 is its base; at 1 it is the gate φ. The gradient is φ's.
         granularity: What a token skips: the whole ``block``, its ``attention``, or its ``mlp``. The last is for layers
             that need no memory of their own: it is in the cache of a layer that some tokens leave no keys in.
+        budget: b in (0, 1]: in evaluation at most ``⌈b · budget_window⌉`` of any ``budget_window`` successive tokens
+            of a document enter, the first that reach the threshold; ``None`` sets no bound. γ = 1 lets every token in.
+        budget_window: Tokens that the budget is for.
 
     Raises:
         ConfigError: A field has a value outside its rule.
@@ -29,6 +33,8 @@ class RoutedConfig:
     capacity_gamma: float = 0.5
     gate_share: float = 0.0
     granularity: str = "block"
+    budget: float | None = None
+    budget_window: int = 64
     parts: ClassVar[tuple[str, ...]] = PARTS
     """What ``granularity`` may be."""
 
@@ -43,6 +49,29 @@ class RoutedConfig:
                 f"gate_share must be in [0, 1]; got {self.gate_share!r}. 0 multiplies by 1, 1 by the gate."
             )
         check_choice(self, granularity=self.parts)
+        self._check_budget()
+
+    @property
+    def most(self) -> int | None:
+        """Tokens of ``budget_window`` that may enter in evaluation, or ``None``."""
+        return None if self.budget is None else share_of(self.budget, self.budget_window)
+
+    def _check_budget(self) -> None:
+        window, budget = self.budget_window, self.budget
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise ConfigError(f"budget_window must be an integer of at least 1 (tokens); got {window!r}. 64 is usual.")
+        if budget is None:
+            return
+        if not is_number(budget) or not 0 < budget <= 1:
+            raise ConfigError(
+                f"budget must be in (0, 1], the largest share of budget_window tokens that may run; got {budget!r}. "
+                "Leave it out for no bound."
+            )
+        if self.granularity == "mlp":
+            raise ConfigError(
+                "budget needs to remember which tokens ran, and granularity='mlp' has no place for that. Leave budget "
+                "out, or choose another granularity."
+            )
 
     def starts_at_layerwise_optimum(self) -> bool:
         """What a skipped token misses no parameter of the layer can bring back."""

@@ -18,10 +18,11 @@ from pliant.architectures.base import AddedModule, LayerReport, RoutingReport
 from pliant.architectures.routing.attention import Memory, attention_arguments
 from pliant.architectures.routing.selection import (
     Selection,
-    above,
     highest,
     row_thresholds,
+    selected,
     threshold_for,
+    within_budget,
 )
 
 Hidden = Float[Tensor, "batch seq d_model"]
@@ -149,7 +150,7 @@ class RoutedLayer(nn.Module):
             runs = torch.ones_like(route.scores, dtype=torch.bool)
             after = self._gated(before, self._enter(before, kwargs), route.gate)
         else:
-            selection = self._select(route, token_documents)
+            selection = self._select(route, token_documents, memory)
             after, runs = self.skip(before), torch.zeros_like(route.scores, dtype=torch.bool)
             if selection is not None:
                 new = self._run(before, selection, route, token_documents, kwargs)
@@ -179,7 +180,7 @@ class RoutedLayer(nn.Module):
         cache = kwargs.get("past_key_values")
         return cache.layers[self.layer_idx] if cache is not None and self.keeps_keys else None
 
-    def _select(self, route: Route, documents: Tensor | None) -> Selection | None:
+    def _select(self, route: Route, documents: Tensor | None, memory: Memory | None) -> Selection | None:
         scores, router = route.scores.detach(), self.router
         allowed = None if documents is None else documents >= 0
         if self.calibrating:
@@ -191,8 +192,29 @@ class RoutedLayer(nn.Module):
                 router.note(row_thresholds(scores, self.capacity, allowed))
             if not self.by_threshold:
                 return highest(scores if route.ranks is None else route.ranks.detach(), self.capacity, allowed)
-        least = router.threshold if self.capacity < 1 else torch.full_like(router.threshold, -torch.inf)
-        return above(scores, least, allowed)
+        runs = scores >= (router.threshold if self.capacity < 1 else -torch.inf)
+        if allowed is not None:
+            runs = runs & allowed
+        if self.layer_config.budget is not None and self.capacity < 1 and not self.training:
+            runs = self._afford(runs, documents, memory)
+        return selected(runs)
+
+    def _afford(self, runs: Bool[Tensor, "batch seq"], documents: Tensor | None, memory: Memory | None) -> Tensor:
+        """Takes tokens back that are over the budget."""
+        config, length = self.layer_config, runs.shape[1]
+        if documents is None:
+            documents = torch.zeros_like(runs, dtype=torch.long)
+        earlier = None if memory is None else (memory.recall("ran"), memory.recall("owners"))
+        past = 0
+        wanted, owners = runs, documents
+        if earlier is not None and earlier[0] is not None and earlier[1] is not None:
+            past = earlier[0].shape[1]
+            wanted, owners = torch.cat((earlier[0], runs), dim=1), torch.cat((earlier[1], documents), dim=1)
+        runs = within_budget(wanted, owners, most=config.most, window=config.budget_window, earlier=past)[:, -length:]
+        if memory is not None:
+            memory.remember("ran", runs, most=config.budget_window)
+            memory.remember("owners", documents, most=config.budget_window)
+        return runs
 
     def _run(
         self, before: Hidden, selection: Selection, route: Route, documents: Tensor | None, kwargs: dict[str, Any]

@@ -88,7 +88,14 @@ def who_runs(layer: RoutedLayer, route: RowRoute, documents: list[int]) -> list[
     """Returns the tokens that run: the highest-ranked while training, else those that reach the threshold."""
     if layer.training and not layer.by_threshold:
         return highest_of(layer, route.ranks, documents)
-    return [t for t, d in enumerate(documents) if d >= 0 and route.scores[t] >= layer.router.threshold]
+    config, ran = layer.layer_config, []
+    for t, document in enumerate(documents):
+        members = [s for s in range(t) if documents[s] == document]
+        window = members[len(members) + 1 - config.budget_window :]
+        is_spent = config.budget is not None and sum(s in ran for s in window) >= config.most
+        if document >= 0 and route.scores[t] >= layer.router.threshold and (layer.training or not is_spent):
+            ran.append(t)
+    return ran
 
 
 def highest_of(layer: RoutedLayer, ranks: Sequence[Tensor], documents: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ for a prompt at once, in pieces, token by token, alone or in a batch.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -65,20 +66,47 @@ def highest(
     return Selection(places=ranked.gather(1, order), valid=valid.gather(1, order))
 
 
-def above(
-    scores: Float[Tensor, "batch seq"], threshold: Float[Tensor, ""], allowed: Bool[Tensor, "batch seq"] | None
-) -> Selection | None:
-    """Returns the tokens whose score reaches ``threshold``; ``None`` if there are none."""
-    runs = scores >= threshold
-    if allowed is not None:
-        runs = runs & allowed
+def selected(runs: Bool[Tensor, "batch seq"]) -> Selection | None:
+    """Returns the tokens that run; ``None`` if there are none."""
     counts = runs.sum(1)
     most, fewest = counts.max().item(), counts.min().item()
     if not most:
         return None
     places = (~runs).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-    valid = None if most == fewest else torch.arange(most, device=scores.device) < counts[:, None]
+    valid = None if most == fewest else torch.arange(most, device=runs.device) < counts[:, None]
     return Selection(places=places, valid=valid)
+
+
+def within_budget(
+    wanted: Bool[Tensor, "batch seq"], documents: Int[Tensor, "batch seq"], *, most: int, window: int, earlier: int
+) -> Bool[Tensor, "batch seq"]:
+    """Returns the tokens that run if of any ``window`` successive ones of a document at most ``most`` may.
+
+    Args:
+        wanted: Tokens that reach the threshold.
+        documents: Document of each token, −1 for padding, which does not count.
+        most: Tokens that may run.
+        window: Among how many.
+        earlier: Tokens at the front that are past: what they did is given, and stays.
+    """
+    rows = wanted.tolist()
+    for row, owners in zip(rows, documents.tolist(), strict=True):
+        ran: deque[int] = deque()  # which tokens of the window ran, each by its number in the document
+        number, owner = 0, None
+        for place, document in enumerate(owners):
+            if document < 0:
+                continue
+            if document != owner:
+                ran.clear()
+                owner = document
+            number += 1
+            if ran and ran[0] <= number - window:
+                ran.popleft()
+            if row[place] and (place < earlier or len(ran) < most):
+                ran.append(number)
+            else:
+                row[place] = False
+    return torch.tensor(rows, device=wanted.device)
 
 
 def share_of(capacity: float, length: int) -> int:
