@@ -1,4 +1,4 @@
-r"""Claim: how well facts are learned, beside ROME, MEMIT, AlphaEdit, fine-tuning and LoRA on the same cases.
+r"""Claim: how well facts are learned; ROME, MEMIT, AlphaEdit, fine-tuning and LoRA run on the same cases.
 
 Goes on where it stopped; calls for other editors add to the same result, which compares all of them case by case. The
 settings of the others are those that `editing_baselines.py` chose.
@@ -14,6 +14,7 @@ Usage:
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from transformers import AutoTokenizer
 import pliant
 from pliant.cli.console import progress_display
 from pliant.cli.evaluate.command import show
-from pliant.evaluation.editing.editors import EDITORS, editor_named, editor_settings
-from pliant.evaluation.editing.figures import MODES, report
+from pliant.evaluation.editing.editors import EDITORS
+from pliant.evaluation.editing.figures import ENDS, MODES, report, run_name
+from pliant.evaluation.records import read_settings
 from pliant.evaluation.suites import cases_of, evaluate
 
 SUITES = {"counterfact": "counterfact", "zsre": "zsre", "squad": "squad_closed_book"}
 NOTES = {
     "counterfact": "CounterFact in EasyEdit's form: one paraphrase and one neighbour a record, where the original has "
-    "two and ten. S is not to be read beside published ones.",
+    "two and ten. S is not to be read beside published ones. Pliant's editors hold the same prompt about other "
+    "subjects as it is; in two records (case_id 173 and 193) one of these is the neighbour itself.",
     "zsre": "zsRE in EasyEdit's form: the made-up paragraph is learned, its question asked without it. `recovered_of_"
     "in_context` is the share of the gap between closed book and the paragraph in view.",
     "squad": "Passages of SQuAD are learned from their questions, with the model's own answers. `recovered_of_"
@@ -85,7 +88,8 @@ def write(arguments: argparse.Namespace, folder: Path) -> None:
     """
     name = f"editing-{arguments.suite}{'' if arguments.mode == 'single' else '-' + arguments.mode}"
     path = RESULTS / f"{name}.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
+    stored = json.loads(path.read_text()) if path.exists() else {"runs": {}, "commands": []}
+    runs = stored["runs"]
     key = f"{arguments.model}, {arguments.device.partition(':')[0]}, {arguments.dtype}"
     if arguments.start:
         key += f", from case {arguments.start}"
@@ -95,19 +99,44 @@ def write(arguments: argparse.Namespace, folder: Path) -> None:
     counts = {*arguments.counts, *(part["count"] for part in old.get("counts", []))}
     found = report(folder, cases, mode=arguments.mode, counts=sorted(counts))
     show(found)
+    now = environment(arguments.device)
     used = {editor for part in found.get("counts", [found]) for editor in part["editors"]}
+    known = environments(old)
+    ran = {editor: now if editor in arguments.editors else known.get(editor, now) for editor in used}
     run = {
-        "environment": environment(arguments.device),
         "model": arguments.model,
         "dtype": arguments.dtype,
         "first_case": arguments.start,
-        "settings": {editor: editor_settings(editor_named(editor)) for editor in EDITORS if editor in used},
-        **found,
+        "settings": {**old.get("settings", {}), **settings_in(folder, used, arguments.mode)},
+        "environments": {editor: {"environment": own} for editor, own in {**known, **ran}.items()},
+        **merged(old, found),
     }
-    for field in ("settings", "editors", "differences"):
-        if field in run:
-            run[field] = {**old.get(field, {}), **run[field]}
-    save(name, {"notes": NOTES[arguments.suite], "measures": MEASURES, "runs": {**runs, key: run}})
+    found = {"notes": NOTES[arguments.suite], "measures": MEASURES, "runs": {**runs, key: run}}
+    save(name, {**found, "commands": stored["commands"]})
+
+
+def settings_in(folder: Path, editors: Iterable[str], mode: str) -> dict[str, Any]:
+    """The settings that editors ran with, as they lie beside their records; none of an editor without a run."""
+    files = {name: folder / f"{name if name in ENDS else run_name(name, mode)}.settings.json" for name in editors}
+    return {name: read_settings(file)["settings"] or None for name, file in files.items() if file.is_file()}
+
+
+def environments(run: dict[str, Any]) -> dict[str, Any]:
+    """Where each editor of a stored run ran; older results hold one environment for all of a run."""
+    parts = run.get("counts", [run] if run else [])
+    shared = {name: run["environment"] for part in parts for name in part["editors"] if "environment" in run}
+    return shared | {name: own["environment"] for name, own in run.get("environments", {}).items()}
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The figures of both; of an editor, or of two that are compared, the new ones where there are any."""
+    if "counts" in new:
+        parts = {part["count"]: part for part in old.get("counts", [])}
+        parts |= {part["count"]: merged(parts.get(part["count"], {}), part) for part in new["counts"]}
+        return {"counts": [parts[count] for count in sorted(parts)]}
+    before, after = old.get("differences", {}), new["differences"]
+    differences = {own: {**before.get(own, {}), **after.get(own, {})} for own in {**before, **after}}
+    return {**new, "editors": {**old.get("editors", {}), **new["editors"]}, "differences": differences}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Claim: every baseline editor had a fair search of its settings, on CounterFact records that no evaluation looks at.
+"""Claim: the settings of the baseline editors were searched, on CounterFact records that no evaluation looks at.
 
 Coordinate by coordinate from the first value of each: every other value is tried on the first records of the slice, in
 bf16 with batched value searches, and the one with the best S of soft counts is kept. What is chosen is then measured
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 import pliant
 from pliant.consolidation.forward import trial
 from pliant.evaluation.baselines import AlphaEdit, FineTune, Lora, Memit, Rome, randomised
+from pliant.evaluation.baselines.values import FoundValues, ValueSearch
 from pliant.evaluation.editing.cases import EditCase, counterfact, pair_tokens
 from pliant.key_moments import cached_key_moments
 from pliant.models.edits import Edit
@@ -171,7 +172,8 @@ class Search:
         if len(self.state["trials"]) >= most:
             return None
         begin, cases = time.process_time(), self.cases[: self.count]
-        editor = EDITORS[self.method](**settings, **moments(self.method))
+        shared = {"found": FOUND} if issubclass(EDITORS[self.method], ValueSearch) else {}
+        editor = EDITORS[self.method](**settings, **shared, **moments(self.method))
         rows = []
         for case, edit in zip(cases, self.edits(editor, model, tokenizer, cases), strict=True):
             with trial(model, edit.deltas):
@@ -189,16 +191,11 @@ class Search:
         if not isinstance(editor, Rome | Memit):
             yield from (editor(model, tokenizer, case) for case in cases)
             return
-        layer = editor.layers(model)[-1] if isinstance(editor, Memit) else editor.depth
-        key = repr(
-            (layer, editor.steps, editor.learning_rate, editor.weight_decay, editor.clamp, editor.scale, len(cases))
-        )
-        if key not in FOUND:
-            FOUND[key] = editor.values(model, tokenizer, cases)
+        values = editor.values(model, tokenizer, cases)
         for index, case in enumerate(cases):
             write: Callable[..., Edit] = editor.write
             given = case if isinstance(editor, Rome) else [case]
-            yield write(model, tokenizer, given, FOUND[key][:, index : index + 1])
+            yield write(model, tokenizer, given, values[:, index : index + 1])
 
     def measure(self, model: Any, tokenizer: Any, records: int) -> None:
         """Scores and times of the chosen settings on the slice, one edit at a time."""
@@ -209,7 +206,7 @@ class Search:
                 editor(model, tokenizer, case)  # prefixes, factorisations
             wall, cpu = time.perf_counter(), time.process_time()
             edit = editor(model, tokenizer, case)
-            row = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+            row: dict[str, Any] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
             with trial(model, edit.deltas):
                 row |= score(model, tokenizer, case)
             control = randomised(edit)
@@ -242,7 +239,7 @@ def chosen(method: str) -> Settings:
 
 
 _MOMENTS: dict[str, Any] = {}
-FOUND: dict[str, torch.Tensor] = {}
+FOUND = FoundValues()
 
 
 def moments(method: str) -> dict[str, Any]:

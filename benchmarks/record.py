@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shlex
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,11 +42,25 @@ def finished(run: TrainingResult) -> tuple[list[dict[str, Any]], float]:
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    """Writes ``NAME.json`` among the results and says where."""
+    """Writes ``NAME.json`` among the results, with the command after those that it holds, and says where."""
+    result["commands"] = list(dict.fromkeys([*result.get("commands", []), command()]))
     RESULTS.mkdir(exist_ok=True, parents=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path}")
+
+
+def command() -> str:
+    """The command that runs now, without the folder that it works in; of other paths, the last two parts."""
+    words, given = ["python", f"benchmarks/{Path(sys.argv[0]).name}"], iter(sys.argv[1:])
+    for word in given:
+        if word == "--work":
+            next(given, None)
+        elif (path := Path(word)).is_absolute():
+            words.append(path.name if path.parent.parent == Path("/") else f"{path.parent.name}/{path.name}")
+        else:
+            words.append(word)
+    return shlex.join(words)
 
 
 def _processor() -> str:

@@ -61,8 +61,8 @@ def capacities(config_class: Any, arguments: argparse.Namespace) -> Iterator[dic
     tokenizer: Any = AutoTokenizer.from_pretrained(model.config._name_or_path)
     torch.manual_seed(0)  # of the routers' start
     pliant.convert(model, config_class(capacity_gamma=1.0))
-    embedded = calibration_tokens(tokenizer, num_tokens=CALIBRATION_TOKENS + MEASURED_TOKENS)
-    places = torch.arange(len(embedded)) // 9 % 2 == 1  # every other round of the nine kinds
+    embedded = calibration_tokens(tokenizer, num_tokens=4 * 9 * 512)  # four rounds of the nine kinds
+    places = torch.arange(len(embedded)) // 9 % 2 == 1
     domain, measured = (
         calibration_tokens(tokenizer, file, num_tokens=count)
         for file, count in ((arguments.domain, CALIBRATION_TOKENS), (arguments.text, MEASURED_TOKENS))

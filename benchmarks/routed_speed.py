@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,6 +30,8 @@ CONFIGS = {"mod": pliant.ModConfig, "dtf": pliant.DtfConfig, "stt": pliant.SttCo
 CAPACITIES = (0.5, 0.125)
 LENGTHS = (1024, 4096)
 DECODE_STEPS = 32
+ADDED = ("router", "prior")
+"""Modules of a layer that routing adds."""
 PHASES = {"prefill": tuple(CONFIGS), "train": ("mod", "dtf"), "decode": tuple(CONFIGS)}
 """STT's training runs every block anyway, once as the teacher."""
 
@@ -52,7 +54,8 @@ def main() -> None:
                     print(rows[-1], flush=True)
     name = f"{NAME}-{torch.device(arguments.device).type}-{arguments.dtype}"
     file = RESULTS / f"{name}.json"
-    kept = [] if not file.exists() else [row for row in _read(file) if row["phase"] not in arguments.phases]
+    measured = [(row["phase"], row["tokens"]) for row in rows]
+    kept = [] if not file.exists() else [row for row in _read(file) if (row["phase"], row["tokens"]) not in measured]
     save(name, {"environment": environment(arguments.device), "rounds": arguments.rounds, "rows": kept + rows})
 
 
@@ -66,13 +69,14 @@ def measure(
     """Yields the figures of one setting, of one and of eight rows where tokens are decoded."""
     tokens = _tokens(length)
     model: Any = pliant.load("smollm2-135m", dtype=getattr(torch, arguments.dtype)).to(arguments.device).eval()
+    torch.manual_seed(0)  # of the routers' start
     pliant.convert(model, CONFIGS[architecture](capacity_gamma=1.0))
     pliant.calibrate(model, capacity, calibration=tokens)
     for batch in (1, 8) if phase == "decode" else (1,):
-        ids = tokens[:1].repeat(batch, 1).to(arguments.device)
+        ids = tokens[:batch].to(arguments.device)
         run, share = {"prefill": prefill, "train": train, "decode": decode}[phase](model, ids)
         times = paired(run, model, arguments.rounds)
-        work = weight_traffic(model, share) if phase == "decode" else flops(model, length, share)
+        work = weight_traffic(model, share) if phase == "decode" else flops(model, length, share, phase)
         found = {
             "phase": phase,
             "architecture": architecture,
@@ -91,7 +95,7 @@ def measure(
 
 def _tokens(length: int) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(pliant.load("smollm2-135m").config._name_or_path)
-    return calibration_tokens(tokenizer, num_tokens=2 * length, window=length)
+    return calibration_tokens(tokenizer, num_tokens=8 * length, window=length)
 
 
 def prefill(model: Any, ids: torch.Tensor) -> tuple[Callable[[], None], dict[int, float]]:
@@ -105,11 +109,14 @@ def prefill(model: Any, ids: torch.Tensor) -> tuple[Callable[[], None], dict[int
 
 
 def train(model: Any, ids: torch.Tensor) -> tuple[Callable[[], None], dict[int, float]]:
-    """Forward and backward of the causal loss; every weight has a gradient."""
+    """Forward and backward of the causal loss and the routers' losses; every weight has a gradient."""
     model.train()
 
     def run() -> None:
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        is_routed = next(iter(model.routed_layers.values())).active
+        with model.report() if is_routed else nullcontext() as report:
+            loss = model(ids, labels=ids, use_cache=False).loss
+        (loss if report is None else loss + report.regulariser()).backward()
         model.zero_grad(set_to_none=True)
 
     return run, shares(model, ids)
@@ -135,23 +142,27 @@ def decode(model: Any, ids: torch.Tensor) -> tuple[Callable[[], None], dict[int,
 
 @torch.no_grad()
 def shares(model: Any, ids: torch.Tensor, before: torch.Tensor | None = None) -> dict[int, float]:
-    """The share of the tokens that runs in each routed layer."""
+    """The share of the tokens that runs in each routed layer; of the steps in which a row runs, behind others."""
     cache = None
     if before is not None:
         cache = DynamicCache(config=model.config)
         model(before, past_key_values=cache, logits_to_keep=1)
     with model.report() as report:
         model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-    return {index: layer.routing.runs.float().mean().item() for index, layer in report.layers.items() if layer.routing}
+    runs = {index: layer.routing.runs for index, layer in report.layers.items() if layer.routing}
+    if before is not None:
+        runs = {index: ran.any(0) for index, ran in runs.items()}
+    return {index: ran.float().mean().item() for index, ran in runs.items()}
 
 
-def flops(model: Any, length: int, share: dict[int, float]) -> float:
-    """FLOPs of the decoder layers over those of the base: linear maps, causal attention, and what is added."""
-    config, total, base = model.config, 0.0, 0.0
+def flops(model: Any, length: int, share: dict[int, float], phase: str) -> float:
+    """FLOPs over those of the base: linear maps, causal attention, what is added, and in training the head."""
+    config = model.config
+    total = base = 2.0 * model.lm_head.weight.numel() * length if phase == "train" else 0.0
     width = config.num_attention_heads * config.head_dim
     for index, layer in enumerate(model.model.layers):
         linear = sum(p.numel() for n, p in layer.named_parameters() if n.endswith("_proj.weight"))
-        added = sum(p.numel() for n, p in layer.named_parameters() if n.split(".")[0] in ("router", "prior"))
+        added = sum(parameter.numel() for parameter in _added(layer))
         kept = share.get(index, 1.0) * length
         base += 2 * linear * length + 2 * width * length**2
         total += 2 * linear * kept + 2 * width * kept**2 + 2 * added * length
@@ -159,15 +170,23 @@ def flops(model: Any, length: int, share: dict[int, float]) -> float:
 
 
 def weight_traffic(model: Any, share: dict[int, float]) -> float:
-    """Bytes of weights that a token reads, the head included, over those of the base."""
-    head = model.lm_head.weight.numel()
-    total = base = float(head)
+    """Bytes of weights that a step reads, the head included, over those of the base."""
+
+    def size(parameters: Iterable[torch.Tensor]) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+    total = base = float(size([model.lm_head.weight]))
     for index, layer in enumerate(model.model.layers):
-        own = sum(p.numel() for n, p in layer.named_parameters() if n.split(".")[0] not in ("router", "prior"))
-        added = sum(p.numel() for n, p in layer.named_parameters()) - own
+        own = size(p for name, p in layer.named_parameters() if name.split(".")[0] not in ADDED)
         base += own
-        total += own * share.get(index, 1.0) + added
+        total += own * share.get(index, 1.0) + size(_added(layer))
     return total / base
+
+
+def _added(layer: Any) -> list[torch.Tensor]:
+    """What routing adds and every token reads; the transition network of stt is for training, which is not timed."""
+    names = ("router",) if isinstance(getattr(layer, "layer_config", None), pliant.SttConfig) else ADDED
+    return [parameter for name, parameter in layer.named_parameters() if name.split(".")[0] in names]
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ on a slice of --domain that no method trains on. Methods: mod and dtf (attention
 random (the same with a hash of the position for a score), shallower (dense, without the layers whose linear FLOPs the
 others save, chosen greedily by perplexity on that slice), and dense. The metric was fixed beforehand: WikiText-2 test
 perplexity (first 12,288 tokens, windows of 512, fp32) over that of the untouched base; LAMBADA (500) and HellaSwag
-(200) stand beside it. Runs that are done are not repeated.
+(200), in bf16, stand beside it. Runs that are done are not repeated.
 
 Usage: python benchmarks/routed_transfer.py --text wikitext-2/test.txt --domain wikitext-2/valid.txt
 """
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from pliant.architectures.base import Architecture
 from pliant.architectures.routing import Memory, Route, RoutedLayer, Router
 from pliant.architectures.routing.config import RoutedConfig
 from pliant.config import DataConfig, LrMultipliers, ModelConfig, RunConfig, TrainingConfig
-from pliant.data import read_text, token_windows
+from pliant.data import calibration_tokens, read_text, token_windows
 from pliant.evaluation import choice_records, hellaswag
 
 METHODS = ("mod", "dtf", "random", "shallower", "dense")
@@ -97,7 +98,7 @@ def main() -> None:
     result |= {"environment": environment(), "settings": settings, "linear_flops": flops(arguments.capacity)}
     texts = Texts(arguments)
     if "untouched" not in result:
-        result["untouched"] = texts.qualities(pliant.load("smollm2-135m", dtype=torch.float32))
+        result["untouched"] = texts.qualities("smollm2-135m")
         save(NAME, result)
     for method in arguments.methods:
         for lr in arguments.lrs:
@@ -105,12 +106,15 @@ def main() -> None:
                 result["runs"].append(run(method, lr, arguments, texts))
                 print(result["runs"][-1], flush=True)
                 save(NAME, result)
-    result["chosen"] = {}
+    chosen = result.setdefault("chosen", {})
     for method in dict.fromkeys(run["method"] for run in result["runs"]):
         best = min((r for r in result["runs"] if r["method"] == method), key=lambda r: r["search_perplexity"])
-        ratio = best["perplexity"] / result["untouched"]["perplexity"]
-        result["chosen"][method] = {**best, "ratio": ratio}
-    save(NAME, result)
+        if chosen.get(method, {}).get("lr") != best["lr"]:
+            found = texts.qualities(folder_of(arguments, method, best["lr"]) / "calibrated")
+            ratio = found["perplexity"] / result["untouched"]["perplexity"]
+            chosen[method] = {**best, **found, "ratio": ratio}
+            print(method, chosen[method], flush=True)
+            save(NAME, result)
 
 
 class Texts:
@@ -126,33 +130,38 @@ class Texts:
         self.training = write_texts(arguments.work, kept)
         self.search = token_windows(held, self.tokenizer, num_tokens=SEARCH_TOKENS)
         self.measured = token_windows([read_text(arguments.text)], self.tokenizer, num_tokens=EVALUATION_TOKENS)
-        self.calibration = token_windows([kept.read_text(encoding="utf-8")], self.tokenizer, num_tokens=16_384)
+        self.calibration = calibration_tokens(self.tokenizer, kept, num_tokens=16_384)
 
-    def qualities(self, model: Any) -> dict[str, float]:
-        """The metric, and what stands beside it."""
-        model.eval()
-        choices = choice_records(model, self.tokenizer, hellaswag(200))
+    def qualities(self, name: str | Path) -> dict[str, float]:
+        """The metric, and what stands beside it, of a saved model."""
+        perplexity = pliant.perplexity(pliant.load(name, dtype=torch.float32).eval(), self.measured)
+        model: Any = pliant.load(name, dtype=torch.bfloat16).eval()
         return {
-            "search_perplexity": pliant.perplexity(model, self.search),
-            "perplexity": pliant.perplexity(model, self.measured),
+            "perplexity": perplexity,
             "lambada": lambada_accuracy(model, self.tokenizer, 500),
-            "hellaswag": mean(record["correct"] for record in choices),
+            "hellaswag": mean(record["correct"] for record in choice_records(model, self.tokenizer, hellaswag(200))),
         }
 
 
+def folder_of(arguments: argparse.Namespace, method: str, lr: float) -> Path:
+    """Where a run of a method is."""
+    return arguments.work / f"{method}-{lr}"
+
+
 def run(method: str, lr: float, arguments: argparse.Namespace, texts: Texts) -> dict[str, Any]:
-    """Trains one method at one learning rate, and measures it."""
+    """Trains one method at one learning rate, and measures it on the slice to choose by."""
     start = time.process_time()
     base = shallower(arguments, texts) if method == "shallower" else "smollm2-135m"
     config = configure(method, lr, str(base), arguments, texts)
     trained = pliant.train(config)
     finished(trained)
-    model = trained.model.float()
+    model = trained.model.float().eval()
     row: dict[str, Any] = {"method": method, "lr": lr, "core_minutes": (time.process_time() - start) / 60}
     if method in ROUTED:
         pliant.calibrate(model, arguments.capacity, calibration=texts.calibration)
         row["capacity"] = measured_capacity(model, texts.measured)
-    return {**row, **texts.qualities(model)}
+    model.save_pretrained(folder_of(arguments, method, lr) / "calibrated")
+    return {**row, "search_perplexity": pliant.perplexity(model, texts.search)}
 
 
 def configure(method: str, lr: float, base: str, arguments: argparse.Namespace, texts: Texts) -> RunConfig:
@@ -172,7 +181,7 @@ def configure(method: str, lr: float, base: str, arguments: argparse.Namespace, 
             max_validation_windows=4,
         ),
         training=TrainingConfig(
-            output_dir=str(arguments.work / f"{method}-{lr}"),
+            output_dir=str(folder_of(arguments, method, lr)),
             objective="causal_lm",
             trainable="all",
             max_steps=arguments.steps,
@@ -196,7 +205,14 @@ def flops(capacity: float) -> dict[str, float]:
     saved = (config.num_hidden_layers // 2) * (1 - capacity) * attention
     dropped = round(saved / layer)
     total = config.num_hidden_layers * layer
-    return {"routed": 1 - saved / total, "shallower": 1 - dropped * layer / total, "layers_dropped": dropped}
+    width = max(2, 2 * math.ceil(config.hidden_size * pliant.DtfConfig().prior_factor / 2))
+    priors = (config.num_hidden_layers // 2) * 3 * config.hidden_size * width
+    return {
+        "routed": 1 - saved / total,
+        "dtf": 1 - (saved - priors) / total,
+        "shallower": 1 - dropped * layer / total,
+        "layers_dropped": dropped,
+    }
 
 
 def shallower(arguments: argparse.Namespace, texts: Texts) -> Path:

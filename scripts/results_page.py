@@ -12,18 +12,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 PAGE = ROOT / "docs" / "results.md"
+WIDTH = 110
 HEAD = """\
 # Results
 
-Every figure below was measured by a script in `benchmarks/` and lies in `benchmarks/results/`, with the hardware and
-versions that it was measured on; `python scripts/results_page.py` writes this page from those files. "Base" is the
-embedded SmolLM2-135M. Intervals are 95 % bootstrap intervals.
+Every figure below was measured by a script in `benchmarks/` and lies in `benchmarks/results/`, with the command, the
+hardware and the versions that it was measured with; `python scripts/results_page.py` writes this page from those files.
+"Base" is the embedded SmolLM2-135M. Intervals are 95 % bootstrap intervals.
+
+Some commands read files that are not part of pliant: `wikitext-2/*.txt` is WikiText-2 split into words, as in
+`word_language_model` of [pytorch/examples](https://github.com/pytorch/examples); `counterfact-2000.json` and
+`zsre-1000.json` are the first records of CounterFact and zsRE in EasyEdit's form; `alpaca_en_demo.json` comes with
+[LLaMA-Factory](https://github.com/hiyouga/LLaMA-Factory). Perplexity on text split into words is to be read as a ratio.
 """
 
 Results = Mapping[str, Any]
 """File name without its suffix → what the file holds."""
 Table = tuple[tuple[str, ...], list[tuple[Any, ...]]]
-"""Headings, and rows; without rows, the one heading is a remark."""
+"""Headings, and rows; without rows, the headings are a remark."""
 
 
 def main() -> int:
@@ -47,15 +53,19 @@ def page() -> str:
         if not results:
             continue
         known |= set(results)
-        claim, usage = described(script, claims.pop(script))
+        claim, _ = described(script, claims.pop(script))
         parts.append(f"## {claim.rstrip('.')}\n")
         parts.extend(f"{as_markdown(table)}\n" for table in tables(results))
-        parts.append(f"{origin(results)}\n\n```sh\n{usage}\n```\n")
+        commands = dict.fromkeys(command for result in results.values() for command in result["commands"])
+        shown = "\n".join(folded(command) for command in commands)
+        parts.append(f"{origin(results)}\n\n```sh\n{shown}\n```\n")
     if unknown := {file.stem for file in (BENCHMARKS / "results").glob("*.json")} - known:
         raise SystemExit(f"benchmarks/results: no section of the page is of {', '.join(sorted(unknown))}; add one")
     if claims:
-        parts.append("## Written, and not measured yet\n")
-        parts.extend("{}\n\n```sh\n{}\n```\n".format(*described(script, text)) for script, text in claims.items())
+        parts.append("## Not measured yet\n\nWhat these scripts are to find out; none of it is known.\n")
+        parts.extend(
+            "To be tested: {}\n\n```sh\n{}\n```\n".format(*described(script, text)) for script, text in claims.items()
+        )
     return "\n".join(parts)
 
 
@@ -72,6 +82,16 @@ def described(script: str, text: str) -> tuple[str, str]:
     if not command.startswith("python benchmarks/"):
         raise SystemExit(f"benchmarks/{script}: its docstring must end with 'Usage: python benchmarks/{script} …'")
     return claim[0].upper() + claim[1:], command
+
+
+def folded(command: str) -> str:
+    """A command in lines that fit the page, each from an option on."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) > WIDTH:
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n".join(lines)
 
 
 def origin(results: Results) -> str:
@@ -152,23 +172,31 @@ def _equivalence_training(results: Results) -> Iterator[Table]:
         lambada = f"{after['lambada']:.3f} / {after['base_lambada']:.3f}"
         entropy = f"{after['ngram_entropy']:.2f} / {after['base_ngram_entropy']:.2f}"
         prefix = f"{after['common_greedy_prefix']:.1f}"
-        label = name.removeprefix("equivalence-training-")
-        return label, result["tokens"], result["core_minutes"], start, after["ratio"], lambada, prefix, entropy
+        label, count = name.removeprefix("equivalence-training-"), result["arguments"]["lambada"]
+        figures = (start, after["ratio"], lambada, count, prefix, entropy)
+        return label, result["trained_parameters"], result["tokens"], result["core_minutes"], *figures
 
-    rows = sorted((row(name, result) for name, result in results.items()), key=lambda r: (r[1], r[0]))
+    rows = sorted((row(name, result) for name, result in results.items()), key=lambda r: (r[2], r[0]))
     yield (
         (
             "run",
+            "parameters trained",
             "tokens",
             "core-minutes",
             "validation perplexity over the base's, at the start",
             "WikiText-2 test perplexity over the base's, after",
             "LAMBADA / base",
+            "passages",
             "common greedy prefix, tokens",
             "n-gram entropy / base",
         ),
         rows,
     )
+    remark = (
+        "The first ratio is of validation rows of the training texts, the second of another text: they are not one",
+        "figure before and after.",
+    )
+    yield remark, []
 
 
 def _distillation(results: Results) -> Iterator[Table]:
@@ -283,6 +311,11 @@ def _baselines(results: Results) -> Iterator[Table]:
         measured = (None, None, None) if scores is None else (scores["records"], 100 * scores["s"], scores["efficacy"])
         rows.append((name, method["trials"], settings, *measured))
     yield ("method", "trials", "chosen", "records", "S", "efficacy"), rows
+    remark = (
+        "Trials are of 12 records, of LoRA's 8. Ties in S were broken by soft counts. What was chosen was then scored",
+        "on the first of the same records: the last columns say whether a method works, not how well on other records.",
+    )
+    yield remark, []
 
 
 def _peers(results: Results) -> Iterator[Table]:
@@ -301,6 +334,90 @@ def _routed_speed(results: Results) -> Iterator[Table]:
         yield headings, rows
 
 
+def _routed_capacity(results: Results) -> Iterator[Table]:
+    rows = results["routed-capacity"]["rows"]
+    exact = [(r["architecture"], r["relative_logit_error"]) for r in rows if "relative_logit_error" in r]
+    yield ("γ = 1", "relative error of the logits"), exact
+    shares = [
+        (r["architecture"], r["text"], *(100 * r[key] for key in ("capacity", "mean", "worst")))
+        for r in rows
+        if "text" in r
+    ]
+    yield (
+        ("architecture", "text", "γ, %", "ran, mean over layers, %", "ran, layer furthest off, %"),
+        [(*names, *(f"{value:.1f}" for value in values)) for *names, a, b, c in shares for values in [(a, b, c)]],
+    )
+
+
+def _routed_transfer(results: Results) -> Iterator[Table]:
+    result = results["routed-transfer"]
+    work = result["linear_flops"]
+    base = result["untouched"]
+    rows = [("untouched base", 1.0, None, None, 1.0, base["lambada"], base["hellaswag"])]
+    for method, run in result["chosen"].items():
+        flops = {"dense": 1.0, **work}.get(method, work["routed"])
+        figures = (run["ratio"], run["lambada"], run["hellaswag"])
+        rows.append((method, flops, run["lr"], run.get("capacity"), *figures))
+    yield (
+        (
+            "method",
+            "linear FLOPs over dense",
+            "learning rate",
+            "share that runs on the test text",
+            "WikiText-2 perplexity over the base's",
+            "LAMBADA (500)",
+            "HellaSwag (200)",
+        ),
+        rows,
+    )
+
+
+def _routed_generation(results: Results) -> Iterator[Table]:
+    rows = results["routed-generation"]["rows"]
+    dense = {row["way"]: row["ngram_entropy"] for row in rows if row["model"] == "dense"}
+    yield (
+        ("model", "decoding", "tokens", "n-gram entropy", "dense", "logits finite"),
+        [
+            (r["model"], r["way"], r["tokens"], f"{r['ngram_entropy']:.2f}", f"{dense[r['way']]:.2f}", r["finite"])
+            for r in rows
+        ],
+    )
+
+
+def _evaluation_batching(results: Results) -> Iterator[Table]:
+    rows = results["evaluation-batching"]["rows"]
+    yield (
+        ("model", "batch size", "requests", "largest difference of a log-likelihood to batch size 1"),
+        [(r["model"], r["batch_size"], r["requests"], f"{r['largest_difference']:.1e}") for r in rows],
+    )
+
+
+def _evaluation_parity(results: Results) -> Iterator[Table]:
+    result = results["evaluation-parity"]
+
+    def accuracies(side: Mapping[str, float]) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in side.items())
+
+    yield (
+        ("task", "documents", "pliant", "lm-eval", "documents that differ", "log-likelihoods differ by at most"),
+        [
+            (
+                r["task"],
+                r["documents"],
+                accuracies(r["pliant"]),
+                accuracies(r["lm_eval"]),
+                r["differ"],
+                f"{r['largest_difference']:.1e}",
+            )
+            for r in result["rows"]
+        ],
+    )
+    yield (
+        ("pliant's time over lm-eval's", ""),
+        [("wall", result["time_ratio"]), ("processor", result["processor_time_ratio"])],
+    )
+
+
 Section = tuple[str, Callable[[Results], Iterator[Table]]]
 SECTIONS: dict[str, Section] = {
     "equivalence.py": ("equivalence.json", _equivalence),
@@ -316,7 +433,12 @@ SECTIONS: dict[str, Section] = {
     "resume.py": ("resume.json", _resume),
     "editing.py": ("editing-counterfact*.json", _editing),
     "editing_baselines.py": ("editing-baselines-search.json", _baselines),
+    "routed_capacity.py": ("routed-capacity.json", _routed_capacity),
     "routed_speed.py": ("routed-speed-*.json", _routed_speed),
+    "routed_transfer.py": ("routed-transfer.json", _routed_transfer),
+    "routed_generation.py": ("routed-generation.json", _routed_generation),
+    "evaluation_parity.py": ("evaluation-parity.json", _evaluation_parity),
+    "evaluation_batching.py": ("evaluation-batching.json", _evaluation_batching),
 }
 """Script → its result files, and their tables."""
 

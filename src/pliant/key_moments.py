@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pliant.architectures import added_parameters
 from pliant.data import calibration_tokens
 from pliant.errors import ConfigError, DataError
 from pliant.models import Layers, select_layers
@@ -38,6 +40,8 @@ WINDOW = 512
 BATCH_TOKENS = 2_048
 CHUNK_TOKENS = 16_384
 """How many tokens are read between two states on disk."""
+PACKED_VALUES = 1_024
+"""How many values of a packed or offloaded parameter stand for it."""
 LARGEST_DOUBLE = 8_192
 """Widest moment that is factorised in fp64."""
 
@@ -129,8 +133,8 @@ def cached_key_moments(
 ) -> dict[int, KeyMoments]:
     """Returns :func:`key_moments` of a text from the cache on disk, where what is missing is computed and kept.
 
-    The cache knows a base by its fingerprint and a text by its tokens. A run that was interrupted goes on at the last
-    16,384 tokens. Adding layers later computes only those.
+    The cache knows a base by its fingerprint, with values of what is packed or offloaded, and a text by its tokens. A
+    run that was interrupted goes on at the last 16,384 tokens. Adding layers later computes only those.
 
     Args:
         model: A causal LM of a family that converts; converted or edited, its base is read.
@@ -228,7 +232,33 @@ def _check_windows(tokens: Tensor) -> None:
 
 def _folder(model: PreTrainedModel, tokens: Int[Tensor, "windows window"]) -> Path:
     text = hashlib.sha256(repr(tuple(tokens.shape)).encode() + tokens.numpy().tobytes()).hexdigest()[:12]
-    return cache_dir() / _FOLDER / digest(fingerprint(model)) / f"{text}-{tokens.numel()}"
+    return cache_dir() / _FOLDER / _base(model) / f"{text}-{tokens.numel()}"
+
+
+def _base(model: PreTrainedModel) -> str:
+    """What stands for the base: its fingerprint, and values of what that leaves out as packed or offloaded.
+
+    NF4 and int8 of one base, or NF4 of two fine-tunes, differ in little else.
+    """
+    added, hidden = {name for name, _ in added_parameters(model)}, []
+    for path, module in model.named_modules():
+        own = {name: parameter for name, parameter in module.named_parameters(path, recurse=False) if name not in added}
+        offloaded = any(parameter.is_meta for parameter in own.values())
+        with align_module_device(module, torch.device("cpu") if offloaded else None):
+            for name, parameter in own.items():
+                if parameter.is_meta or not parameter.is_floating_point():
+                    values = module.get_parameter(name.rpartition(".")[2])
+                    hidden.append(f"{name} {type(module).__name__} {_digits(values)}")
+    plain = digest(fingerprint(model))
+    return plain if not hidden else f"{plain}-{hashlib.sha256(repr(sorted(hidden)).encode()).hexdigest()[:12]}"
+
+
+def _digits(values: Tensor) -> str:
+    """Digits that stand for a dtype and evenly spaced values of it."""
+    flat = values.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, PACKED_VALUES, dtype=torch.float64).long()
+    found = flat[places.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes()
+    return f"{flat.dtype} {hashlib.sha256(found).hexdigest()}"
 
 
 def _file(folder: Path, index: int) -> Path:

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,16 @@ import torch
 from accelerate import PartialState
 
 import pliant
-from pliant.config import RunConfig
+from pliant.config import LrMultipliers, RunConfig
 from pliant.errors import ConfigError, DataError, TrainingError
 from pliant.evaluation.comparison import compare as comparing
-from pliant.evaluation.comparison import cost
+from pliant.evaluation.comparison import cost, measures
 from pliant.evaluation.comparison.figures import summarise
 from pliant.evaluation.comparison.in_context import TASKS, ContextQuestion
 from pliant.evaluation.comparison.methods import METHODS, contenders, settings
 from pliant.evaluation.comparison.plan import plan_comparison
-from pliant.training.build import build_model
+from pliant.training.build import autocast, build_model
+from pliant.training.run import _arguments
 
 BUDGET = 5_000
 RATES = (1e-2, 3e-2)
@@ -145,6 +147,8 @@ def _check_figures(found: dict[str, Any], options: dict[str, Any]) -> None:
         log = (options["output"] / finals[1]["folder"] / "metrics.jsonl").read_text().splitlines()
         last = [json.loads(line)["eval_loss"] for line in log if "eval_loss" in line][-1]
         assert means[1] == pytest.approx(last, rel=1e-4)
+        assert finals[1]["seconds"] == max(json.loads(line)["time"] for line in log)
+        assert finals[1]["environment"]["torch"] == torch.__version__
         assert not list((options["output"] / finals[1]["folder"]).glob("checkpoint-[0-9]*"))
     frozen = table["frozen"]
     assert frozen["forgetting"]["kl"] == pytest.approx(0, abs=1e-6)
@@ -162,11 +166,13 @@ def _check_reloaded(found: dict[str, Any], options: dict[str, Any]) -> None:
     assert run["in_context"]["copying"][0]["log_prob"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_equal_time_gives_the_slower_method_fewer_steps(
+def test_equal_time_gives_the_slower_method_fewer_steps_and_every_run_of_it_as_many(
     recipe: RunConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    slow = {"v1": 0.5, "lora": 1.0, "ia3": 2.0}
+
     def measured(configs: dict[str, RunConfig], *, reference: str) -> dict[str, Any]:
-        ratios = {name: 1.0 if name == reference else 0.5 if name.startswith("v1") else 2.0 for name in configs}
+        ratios = {name: 1.0 if name == reference else slow[name.partition("-")[0]] for name in configs}
         return {n: {"seconds": r, "time_ratio": r, "peak_bytes": None, "memory_ratio": None} for n, r in ratios.items()}
 
     monkeypatch.setattr(cost, "measure_apart", measured)
@@ -174,6 +180,9 @@ def test_equal_time_gives_the_slower_method_fewer_steps(
     found = pliant.compare(recipe, **options)
     steps = {run["contender"].partition("-")[0]: run["steps"] for run in found["runs"]}
     assert steps == {"v1": 4, "lora": 2, "ia3": 1}
+    slow["ia3"] = 0.5  # times are measured anew, as the reference is of another size
+    more = pliant.compare(recipe, **{**options, "methods": ["lora", "ia3"], "budgets": [2 * BUDGET], "seeds": 2})
+    assert [run["steps"] for run in more["runs"] if run["contender"] == "ia3"] == [1, 1]
 
 
 def test_a_learning_rate_that_diverges_loses_and_the_others_go_on(
@@ -198,11 +207,126 @@ def test_a_learning_rate_that_diverges_loses_and_the_others_go_on(
         pliant.compare(recipe, measure_cost=False, **{**options, "budgets": []})
 
 
+def test_a_seed_that_diverged_is_counted(
+    recipe: RunConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = comparing.train
+
+    def train(config: RunConfig, **given: Any) -> Any:
+        if config.training.seed == 1:
+            raise TrainingError("the loss must be finite; got nan at step 1")
+        return original(config, **given)
+
+    monkeypatch.setattr(comparing, "train", train)
+    options = {**options, "methods": ["ia3"], "learning_rates": [1e-2], "questions": 0}
+    table = pliant.compare(recipe, measure_cost=False, **options)["summary"]
+    assert (table["ia3"]["seeds"], table["ia3"]["failed"]) == (1, 1)
+    assert (table["frozen"]["seeds"], table["frozen"]["failed"]) == (1, 0)
+    assert table["ia3"]["forgetting"]["kl"] > 0
+
+
+STOPPED = SimpleNamespace(stopped_by=signal.SIGTERM)
+
+
+def test_answers_are_kept_task_by_task(
+    recipe: RunConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "repeating", lambda limit, *, seed: questions(limit + 1, seed=seed))
+    monkeypatch.setattr(comparing, "train", lambda *_, **__: STOPPED)
+    original, asked = measures.in_context_records, []
+
+    def answered(*given: Any, **more: Any) -> Any:
+        asked.append(len(given[2]))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return original(*given, **more)
+
+    monkeypatch.setattr(measures, "in_context_records", answered)
+    options = {**options, "tasks": ["copying", "repeating"]}
+    with pytest.raises(KeyboardInterrupt):
+        pliant.compare(recipe, measure_cost=False, **options)
+    kept = json.loads((options["output"] / "comparison.json").read_text())["base"]
+    assert set(kept["in_context"]) == {"copying"}
+    found = pliant.compare(recipe, measure_cost=False, **options)["base"]
+    assert asked == [3, 4, 4]
+    assert {task: len(records) for task, records in found["in_context"].items()} == {"copying": 3, "repeating": 4}
+
+
+def test_the_base_is_held_by_recipes_that_only_a_conversion_takes(
+    recipe: RunConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "train", lambda *_, **__: STOPPED)
+    recipe.training.use_regularization, recipe.training.save_delta = True, False
+    found = pliant.compare(recipe, measure_cost=False, **{**options, "methods": ["v1"], "questions": 0})
+    assert set(found["summary"]) == {"frozen"}
+
+
+def test_the_reference_stays_when_methods_are_added(
+    recipe: RunConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "train", lambda *_, **__: STOPPED)
+    options = {**options, "questions": 0}
+    pliant.compare(recipe, measure_cost=False, **{**options, "methods": ["v1", "ia3"]})
+    assert plan_comparison(recipe, **options).reference == "v1"
+    assert pliant.compare(recipe, measure_cost=False, **options)["reference"] == "v1"
+    with pytest.raises(ConfigError, match=r"reference was 'v1' .* now 'lora'"):
+        plan_comparison(recipe, **options, reference="lora")
+
+
+def test_only_what_methods_read_of_a_recipe_decides(recipe: RunConfig, options: dict[str, Any]) -> None:
+    def deciding(model: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
+        changed = replace(recipe, model=replace(recipe.model, **(model or {})))
+        changed.training = replace(recipe.training, **training)
+        return plan_comparison(changed, **options).deciding("data")
+
+    usual = deciding()
+    assert deciding({"preset": "v2", "adapter_rank": 3}, lora_rank=3, lora_alpha=5, lr=0.5) == usual
+    for training in ({"lora_dropout": 0.1}, {"weight_decay": 0.1}):
+        assert deciding(**training) != usual
+
+
+def test_the_time_of_all_sessions_is_that_of_the_log(tmp_path: Path) -> None:
+    assert comparing._seconds(tmp_path) is None
+    lines = [{"step": 1, "time": 3.5}, {"step": 2, "time": 8.25}]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"step": 2, "ti'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert comparing._seconds(tmp_path) == 8.25
+
+
+@pytest.mark.parametrize(
+    ("precision", "trainable", "dtype"),
+    [
+        ("no", "all", None),
+        ("bf16", "lora", None),
+        ("bf16", "all", torch.bfloat16),
+        ("fp16", "lora", torch.float16),
+        ("fp16", "all", torch.float16),
+    ],
+)
+def test_runs_are_trained_measured_and_timed_in_one_precision(
+    configure: Callable[..., RunConfig], precision: str, trainable: str, dtype: torch.dtype | None
+) -> None:
+    assert cost.autocast is measures.autocast is autocast
+    config = configure(model_type="dense", objective="causal_lm", mixed_precision=precision, trainable=trainable)
+    with autocast(config, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") is (dtype is not None)
+        assert dtype is None or torch.get_autocast_dtype("cpu") == dtype
+    if precision != "fp16":  # which transformers refuses on a CPU
+        assert _arguments(config, resumed=False).bf16 is (dtype is not None)
+
+
+def test_a_failed_measurement_of_costs_names_what_helps(
+    recipe: RunConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-9, stderr="killed"))
+    with pytest.raises(TrainingError, match=r"with -9: …killed Free some memory or lower training\.batch_size; where"):
+        cost.measure_apart({"v1": recipe}, reference="v1")
+
+
 def test_a_signal_ends_it_and_keeps_what_is_done(
     recipe: RunConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped = SimpleNamespace(stopped_by=signal.SIGTERM)
-    monkeypatch.setattr(comparing, "train", lambda *_, **__: stopped)
+    monkeypatch.setattr(comparing, "train", lambda *_, **__: STOPPED)
     found = pliant.compare(recipe, measure_cost=False, **options)
     assert found["stopped_by"] == "SIGTERM"
     assert found["runs"] == []
@@ -214,7 +338,7 @@ def test_another_comparison_in_the_same_folder_is_refused(recipe: RunConfig, opt
     options |= {"methods": ["ia3"], "seeds": 1, "learning_rates": [1e-2], "questions": 0}
     found = pliant.compare(recipe, measure_cost=False, **options)
     recipe.training.max_steps = 3
-    with pytest.raises(ConfigError, match=r"recipe was .*Choose another folder"):
+    with pytest.raises(ConfigError, match=r"recipe\.training\.max_steps was 2 .* now 3\. Choose another folder"):
         pliant.compare(recipe, measure_cost=False, **options)
     recipe.training.max_steps = 2
     more = pliant.compare(recipe, measure_cost=False, **{**options, "seeds": 2})
@@ -261,6 +385,11 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
         ({"preset": "v1", "layers": "upper_half"}, {}, ("model.layers=null",)),
         ({"preset": "v2"}, {"objective": "equivalence"}, ("training.objective", "--versions")),
         ({"preset": "v1"}, {"max_steps": None, "num_epochs": 1.0}, ("training.max_steps",)),
+        (
+            {"preset": "v1"},
+            {"lr_multipliers": LrMultipliers(modulation=0.5)},
+            ("training.lr_multipliers.modulation", "got 0.5", "--learning-rates METHOD="),
+        ),
     ],
 )
 def test_recipes_that_cannot_be_compared_are_refused(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pliant
-from pliant.consolidation import Consolidation, WriteSettings, consolidate
+from pliant.consolidation import Consolidation, WriteSettings, consolidate, solve
 from pliant.consolidation import settings as settings_module
 from pliant.errors import EditError
 from pliant.models import select_layers
@@ -433,6 +433,27 @@ def test_the_budget_is_kept(
     assert measured > 0.3 * budget  # and it is used
     assert edit.kl == pytest.approx(measured, rel=0.02)
     assert 0 < edit.details["share"] < 1
+
+
+def test_a_subject_within_its_share_is_not_solved_for_again(
+    make_model: Callable[..., Any], learn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    model, solved, asked = make_model(), [], []
+    original, write_layers = solve.shrunk, solve.write_layers
+    subject = 1.01 * learn(model, layers=[0]).kl
+    model.edits.clear()
+    free = learn(model, layers=[0, 3], margin=8.0)
+    model.edits.clear()
+    budget = subject / solve.SUBJECT_BUDGET
+    assert free.kl > budget
+    monkeypatch.setattr(solve, "write_layers", lambda *args: solved.append(args) or write_layers(*args))
+    monkeypatch.setattr(solve, "shrunk", lambda *args, **known: asked.append(known) or original(*args, **known))
+    edit = learn(model, layers=[0, 3], margin=8.0, kl_budget=budget)
+    assert len(solved) == 2
+    assert asked == [{}, {"whole": pytest.approx(free.kl)}]
+    assert edit.kl <= budget
+    kept = edit.deltas["layers.0.mlp.down_proj"].left
+    torch.testing.assert_close(kept, edit.details["share"] * free.deltas["layers.0.mlp.down_proj"].left)
 
 
 def test_a_budget_that_is_wide_enough_changes_nothing(make_model: Callable[..., Any], learn: Callable[..., Any]):

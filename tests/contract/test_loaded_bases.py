@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import pliant
 from pliant.architectures.npt import FORMS
+from pliant.errors import ConfigError
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -103,6 +104,20 @@ def test_keyed_forms_at_full_rank_are_their_nf4_base(
     expected = model(prompt).logits
     pliant.convert(model, pliant.NptConfig.preset(form, rank=WIDE["hidden_size"]))
     assert largest_difference(model(prompt).logits, expected) < tolerance
+
+
+@needs_bitsandbytes
+def test_sensitivities_are_not_measured_where_the_base_has_no_gradient(folder: Path, prompt: Tensor) -> None:
+    model = quantised(folder, "nf4")
+    form = pliant.NptConfig.preset("keyed", rank=16, allocation="sensitivity")
+    repacks = model.model.layers[0].mlp.down_proj.support_avx512bf16_for_cpu
+    calibration = torch.randint(2, 97, (12, 16), generator=torch.Generator().manual_seed(0))
+    if repacks:
+        with pytest.raises(ConfigError, match="allocation must be 'uniform' over an NF4 base on this processor"):
+            pliant.convert(model, form, calibration=calibration)
+        assert not hasattr(model, "dynamic_layers")
+    else:
+        pliant.convert(model, form, calibration=calibration)
 
 
 @needs_bitsandbytes

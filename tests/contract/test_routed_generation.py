@@ -229,6 +229,73 @@ def test_assisted_decoding_equals_uncached_greedy(
     assert torch.equal(produced, uncached_greedy(target, prompt[:1]))
 
 
+@torch.no_grad()
+def test_a_budget_forgets_nobody_behind_much_padding(
+    make_routed: RoutedModel, prompt: Tensor, largest_difference: Callable
+) -> None:
+    model, pads = make_routed("mod budget"), 300
+    row = prompt[:1]
+    turns = torch.cat((row, torch.zeros(1, pads, dtype=torch.long), row.flip(1)), dim=1)
+    mask = torch.cat((torch.ones_like(row), torch.zeros(1, pads, dtype=torch.long), torch.ones_like(row)), dim=1)
+    places, cache, logits = positions_of(mask), DynamicCache(config=model.config), []
+    for start, end in ((0, row.shape[1] + pads), (row.shape[1] + pads, turns.shape[1])):
+        chunk = slice(start, end)
+        logits.append(
+            model(
+                turns[:, chunk], attention_mask=mask[:, :end], position_ids=places[:, chunk], past_key_values=cache
+            ).logits
+        )
+    expected = model(torch.cat((row, row.flip(1)), dim=1)).logits
+    assert largest_difference(logits[1], expected[:, row.shape[1] :]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_documents_of_one_row_of_positions_hold_for_every_row(
+    routed_kind: str, make_routed: RoutedModel, prompt: Tensor, largest_difference: Callable
+) -> None:
+    model, length = make_routed(routed_kind), prompt.shape[1]
+    positions = torch.cat((torch.arange(5), torch.arange(length - 5)))[None]
+    found = model(prompt, position_ids=positions, use_cache=False).logits
+    expected = model(prompt, position_ids=positions.expand_as(prompt), use_cache=False).logits
+    assert largest_difference(found, expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_model_that_is_cast_whole_still_runs(routed_kind: str, make_routed: RoutedModel, prompt: Tensor) -> None:
+    model = make_routed(routed_kind).to(torch.bfloat16)
+    assert model(prompt).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_what_a_router_no_longer_keeps_cannot_be_cropped_in_two_steps_either(make_routed: RoutedModel) -> None:
+    model = make_routed("stt", overrides={"max_position_embeddings": 1024})
+    ids = torch.randint(2, 97, (1, 700), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=model.config)
+    expected = model(ids, past_key_values=cache).logits[:, -1]
+    layer = next(entry for entry in cache.layers if isinstance(entry, RoutedCacheLayer))
+    layer.crop(-200)
+    assert layer.seen == 500
+    with pytest.raises(ConfigError, match="crop can take back at most 56 tokens now"):
+        layer.crop(-200)
+    assert layer.seen == 500
+    assert layer.recall("previous") is not None
+    fresh = DynamicCache(config=model.config)
+    model(ids, past_key_values=fresh)
+    fresh.crop(-200)
+    assert torch.allclose(model(ids[:, 500:], past_key_values=fresh).logits[:, -1], expected, atol=1e-5)
+
+
+def test_training_by_threshold_lets_a_token_of_each_row_run(make_routed: RoutedModel, prompt: Tensor) -> None:
+    model = make_routed("mod").train()
+    for layer in model.routed_layers.values():
+        layer.router.threshold.fill_(torch.inf)
+        layer.by_threshold = True
+    with model.report() as report:
+        model(prompt, labels=prompt, use_cache=False).loss.backward()
+    assert all((layer.routing.runs.sum(1) == 1).all() for layer in report.layers.values())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("removed", [1, 3, 8])
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(

@@ -358,6 +358,9 @@ def test_a_resumed_run_keeps_the_settings_that_decide_it(configure: Callable[...
     other = configure(max_steps=4, resume=True, model={"adapter_rank": 4})
     with pytest.raises(ConfigError, match=r"model.adapter_rank must be what .*config.yaml says.*8; got 4"):
         train(other)
+    weight = configure(max_steps=4, resume=True, regularization_lambda=0.5)
+    with pytest.raises(ConfigError, match=r"training.regularization_lambda must be what .*0\.01; got 0\.5"):
+        train(weight)
     assert (folder / "config.yaml").read_text() == saved
 
 

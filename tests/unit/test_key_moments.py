@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ import pliant
 from pliant import key_moments as module
 from pliant.errors import ConfigError, ConversionError, DataError
 from pliant.key_moments import KeyMoments, cached_key_moments, key_moments
+from pliant.models.checkpoint import digest, fingerprint
 
 TEXT = " ".join(str(2 + 7 * i % 95) for i in range(400))
 LENGTH = 64
@@ -157,6 +159,27 @@ def test_another_base_text_or_number_of_tokens_is_computed_anew(
     assert len(files(cache)) == 4
     cached_key_moments(make_base().bfloat16(), tokenizer, 0, num_tokens=300, text=TEXT)
     assert len(files(cache)) == 4
+
+
+def packed(model: Any, seed: int, dtype: torch.dtype) -> Any:
+    """A weight of whole numbers, as quantised ones are."""
+    values = torch.randint(0, 100, (32, 48), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(values, requires_grad=False)
+    return model
+
+
+def test_packed_and_offloaded_weights_are_told_apart(make_base: Callable[..., Any], calibration: Tensor):
+    def folder(model: Any) -> str:
+        return module._folder(model, calibration).parent.name
+
+    plain = folder(make_base())
+    assert plain == digest(fingerprint(make_base()))
+    kinds = [(0, torch.uint8), (1, torch.uint8), (0, torch.int8)]
+    found = [folder(packed(make_base(), seed, dtype)) for seed, dtype in kinds]
+    assert found == [folder(packed(make_base(), seed, dtype)) for seed, dtype in kinds]
+    offloaded = [folder(cpu_offload(make_base(seed=seed), torch.device("cpu"))) for seed in (0, 5, 0)]
+    assert offloaded[0] == offloaded[2]
+    assert len({plain, *found, *offloaded}) == 6
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])

@@ -55,8 +55,8 @@ def _options(
 ) -> None:
     """Turn a pretrained causal language model into a dynamic one, and measure what it cost.
 
-    Every command takes a model directory, a hub id or smollm2-135m, the base that a Python package
-    carries, and leaves an ordinary Hugging Face directory.
+    Where a command takes MODEL or BASE, that is a model directory, a hub id or smollm2-135m, the base
+    that a Python package carries; what makes a model leaves an ordinary Hugging Face directory.
 
     \b
     New here?  pliant demo

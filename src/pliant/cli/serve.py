@@ -24,8 +24,8 @@ def serve(
 ) -> None:
     """Serve a model to the clients of OpenAI, by the server of transformers.
 
-    Needs a model directory with its tokenizer, one with a chat template for chats, and the packages of
-    pliant[serving]. Edits and deltas are served as they are. Leaves nothing behind; Ctrl-C ends it.
+    Needs a model directory with its tokenizer, one with a chat template for chats, and the packages of the
+    extra 'serving'. Edits and deltas are served as they are. Leaves nothing behind; Ctrl-C ends it.
 
     \b
     pliant serve outputs/keyed --port 8000

@@ -203,14 +203,20 @@ def repeated_words(answer: str, context: str, query: str) -> str:
 
 
 def _stands(words: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+    return _last_place(words, text) is not None
+
+
+def _last_place(words: str, text: str) -> int | None:
+    """Where ``words`` begin for the last time in ``text``, as words of their own and not as parts of others."""
+    found = re.match(rf"(?s:.*)(?<!\w)({re.escape(words)})(?!\w)", text)
+    return None if found is None else found.start(1)
 
 
 def _stated(context: str, asks: Sequence[Ask]) -> list[Ask]:
     """Returns sentences that say an answer, up to the answer: a question alone does not reach a beginning."""
     answers = dict.fromkeys(ask.answer for ask in asks)
-    found = ((sentence, answer, sentence.rfind(answer)) for answer in answers for sentence in sentences(context))
-    return [Ask(query=sentence[:place].rstrip(), answer=answer) for sentence, answer, place in found if place > 0]
+    found = ((sentence, answer, _last_place(answer, sentence)) for answer in answers for sentence in sentences(context))
+    return [Ask(query=sentence[:place].rstrip(), answer=answer) for sentence, answer, place in found if place]
 
 
 def _with_answer(ask: Ask, answer: str) -> Ask:
@@ -222,8 +228,7 @@ def _made(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: s
     asks = []
     for sentence in sentences(context):
         if answer is not None:
-            place = sentence.rfind(answer.strip())
-            if place > 0:
+            if place := _last_place(answer.strip(), sentence):
                 asks.append(Ask(query=sentence[:place].rstrip(), answer=answer.strip()))
             continue
         words = word_surprise(model, tokenizer, sentence)

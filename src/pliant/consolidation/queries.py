@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from pliant.consolidation.kept import Kept, state_of
 from pliant.consolidation.rows import fill_token
 from pliant.errors import EditError
 from pliant.statistics import input_device
@@ -32,6 +33,8 @@ _SENTENCE = re.compile(
 )
 """A full stop after fewer than three letters ends an abbreviation more often than a sentence."""
 _WORD = re.compile(r"\S+")
+
+_ANSWERS: Kept[dict[str, str]] = Kept()
 
 
 @torch.no_grad()
@@ -136,18 +139,36 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str | None:
 def greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 24
 ) -> list[str]:
-    """Returns the model's greedy answers to ``prompts``, up to the end of the first line or sentence."""
-    answers = []
+    """Returns the model's greedy answers to ``prompts``, up to the end of the first line or sentence.
+
+    They are kept for as long as the model is what it is, so that whoever asks the same again need not wait.
+    """
+    known = _ANSWERS.at(model, (state_of(model), repr(model.generation_config), max_new_tokens), dict)
     tokenize, generate = cast(Any, tokenizer), cast(Any, model.generate)
     for prompt in prompts:
+        if prompt in known:
+            continue
         ids: Int[Tensor, "1 tokens"] = tokenize(prompt, return_tensors="pt", verbose=False)["input_ids"]
         out = generate(
             ids.to(input_device(model)),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
+            stopping_criteria=StoppingCriteriaList([_Answered(tokenizer, ids.shape[1])]),
         )
         text = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
         lines = text.strip().splitlines()
-        answers.append(sentences(lines[0])[0].rstrip(".") if lines and sentences(lines[0]) else "")
-    return answers
+        known[prompt] = sentences(lines[0])[0].rstrip(".") if lines and sentences(lines[0]) else ""
+    return [known[prompt] for prompt in prompts]
+
+
+class _Answered(StoppingCriteria):
+    """Stops once more is written than the first line, or than its first sentence."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        text = str(self.tokenizer.decode(input_ids[0, self.start :], skip_special_tokens=True)).lstrip()
+        line = text.splitlines()[0] if text else ""
+        return torch.tensor([line != text or len(sentences(line)) > 1], device=input_ids.device)

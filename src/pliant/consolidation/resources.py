@@ -1,19 +1,21 @@
 """What consolidation needs of a base beside its weights: made once, and kept as long as the model lives."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from weakref import WeakKeyDictionary
+from functools import partial
+from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.consolidation.budget import NeutralText
+from pliant.consolidation.kept import Kept, base_of, state_of
 from pliant.consolidation.queries import sampled_prefixes
 from pliant.data import calibration_tokens
 from pliant.key_moments import KeyMoments, cached_key_moments
 from pliant.models import DynamicCausalLM
-from pliant.models.checkpoint import digest, fingerprint
 from pliant.statistics import Progress
 
 NEUTRAL_WINDOW, NEUTRAL_WINDOWS = 256, 2
@@ -37,11 +39,8 @@ class Resources:
         self.tokenizer, self.text, self.num_tokens = tokenizer, text, num_tokens
         self._moments: dict[int, KeyMoments] = {}
         self._prefixes: dict[tuple[int, int], tuple[str, ...]] = {}
-        self._neutral: tuple[object, NeutralText] | None = None
-        size, window = NEUTRAL_WINDOW * NEUTRAL_WINDOWS, min(NEUTRAL_WINDOW, model.config.max_position_embeddings)
-        self.neutral: Int[Tensor, "windows window"] = calibration_tokens(
-            tokenizer, text, num_tokens=size, window=window
-        )
+        self._neutral: Kept[NeutralText] = Kept()
+        self.neutral = neutral_tokens(model, tokenizer, text)
 
     def moments(
         self, model: DynamicCausalLM, layers: Sequence[int], progress: Progress | None = None
@@ -55,12 +54,7 @@ class Resources:
 
     def neutral_text(self, model: DynamicCausalLM) -> NeutralText:
         """Returns the neutral text with what the model says there now; read again once the model is another one."""
-        switches = [(getattr(module, "active", None), module.training) for module in model.modules()]
-        versions = [(id(parameter), parameter._version) for parameter in model.parameters()]
-        state = ([edit.id for edit in model.edits], switches, versions)
-        if self._neutral is None or self._neutral[0] != state:
-            self._neutral = (state, NeutralText(model, self.neutral))
-        return self._neutral[1]
+        return self._neutral.at(model, state_of(model), partial(NeutralText, model, self.neutral))
 
     def prefixes(self, model: DynamicCausalLM, count: int, seed: int) -> tuple[str, ...]:
         """Returns beginnings of text that the base writes."""
@@ -70,7 +64,15 @@ class Resources:
         return self._prefixes[count, seed]
 
 
-_KEPT: WeakKeyDictionary[DynamicCausalLM, dict[tuple[str, object, int], Resources]] = WeakKeyDictionary()
+def neutral_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text | None = None
+) -> Int[Tensor, "windows window"]:
+    """Returns the tokens of neutral text on which an edit's divergence is measured."""
+    size, window = NEUTRAL_WINDOW * NEUTRAL_WINDOWS, min(NEUTRAL_WINDOW, model.config.max_position_embeddings)
+    return calibration_tokens(tokenizer, text, num_tokens=size, window=window)
+
+
+_KEPT: Kept[Resources] = Kept()
 
 
 def resources_of(
@@ -79,7 +81,12 @@ def resources_of(
     """Returns the resources of a model, the same ones as long as its base and the text are the same."""
     if text is not None and not isinstance(text, str | os.PathLike):
         text = tuple(text)
-    kept, key = _KEPT.setdefault(model, {}), (digest(fingerprint(model)), text, num_tokens)
-    if key not in kept:
-        kept[key] = Resources(model, tokenizer, text, num_tokens)
-    return kept[key]
+    state = (base_of(model), text, _content(text), num_tokens)
+    return _KEPT.at(model, state, partial(Resources, model, tokenizer, text, num_tokens))
+
+
+def _content(text: Text | None) -> str | None:
+    """What stands for the content of a file; None where there is none."""
+    if not isinstance(text, os.PathLike) or not Path(text).is_file():
+        return None  # a path that is no file is refused by who reads it
+    return hashlib.sha256(Path(text).read_bytes()).hexdigest()

@@ -107,8 +107,10 @@ class Solver:
         if subjects:  # less there leaves more to the answer, which is solved for anew
             part = budget * SUBJECT_BUDGET / self.settings.alpha**2
             subjects, _, share = shrunk(self.model, subjects, self.neutral, part)
-            solved = self._with_answers(subjects, answer_layers)
-        solved, kl, left = shrunk(self.model, solved, self.neutral, budget)
+            if share < 1.0:
+                solved = self._with_answers(subjects, answer_layers)
+                kl = divergence(self.model, solved, self.neutral)
+        solved, kl, left = shrunk(self.model, solved, self.neutral, budget, whole=kl)
         return Solution(deltas=solved, kl=kl, details={**details, "share": left * share})
 
     def _with_answers(self, subjects: Mapping[str, Delta], layers: Sequence[int]) -> dict[str, Delta]:

@@ -27,7 +27,7 @@ STRENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0)
 """Multiples of the change of state that are tried at the subject, until the answer is likely enough."""
 ROWS_AT_ONCE = 256
 """Rows that go through the model together."""
-STEPS, LEARNING_RATE, CLAMP, DECAY = 20, 0.5, 4.0, 0.02
+STEPS, LEARNING_RATE, CLAMP, DECAY = 19, 0.5, 4.0, 0.02
 """Of the search for a value by gradient: Adam's steps and rate, the largest norm beside the state's, weight decay."""
 ENOUGH = 0.1
 """Nats a token at which the search for a value stops."""
@@ -134,13 +134,13 @@ class SubjectStage:
         optimiser = torch.optim.Adam([value], lr=LEARNING_RATE)
         size = self.state.norm(dim=1, keepdim=True).to(value.device)
         best, best_value = torch.full_like(size[:, 0], -torch.inf), value.detach().clone()
-        for _ in range(STEPS):
+        for step in range(STEPS + 1):  # the last one only reads what the step before it found
             log_p = self.log_p(value).to(value.device)
             better = log_p.detach() > best
             best = torch.where(better, log_p.detach(), best)
             best_value = torch.where(better[:, None], value.detach(), best_value)
             going = moving & (best < -ENOUGH)
-            if not going.any():
+            if step == STEPS or not going.any():
                 break
             loss = -(log_p * going).sum() + DECAY * ((value / size).square().sum(1) * going).sum()
             (value.grad,) = torch.autograd.grad(loss, value)

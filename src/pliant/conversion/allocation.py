@@ -17,12 +17,28 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pliant.conversion.closed_form import Spectrum
+from pliant.errors import ConfigError
 from pliant.statistics import Progress, base_mode, evaluating, input_device
 
 CHUNK = 32
 MIN_RANK = 8
 NO_ENERGY = 1e-9
 ROUNDS = 2
+
+
+def check_gradients(model: PreTrainedModel) -> None:
+    """Raises a :class:`ConfigError` if the base has no gradient after a forward without one.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights for inference, and drops their gradient.
+    """
+    for name, module in model.named_modules():
+        repacks = vars(module).get("support_avx512bf16_for_cpu", False)
+        if repacks and next(module.parameters()).device.type == "cpu":
+            raise ConfigError(
+                "allocation must be 'uniform' over an NF4 base on this processor, where bitsandbytes leaves no "
+                f"gradient to measure sensitivities with ({name}); got 'sensitivity'. Convert the plain base, save a "
+                "delta, and load that over the NF4 base."
+            )
 
 
 def share_ranks(

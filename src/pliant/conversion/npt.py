@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pliant.architectures import NptConfig
-from pliant.conversion.allocation import share_ranks
+from pliant.conversion.allocation import check_gradients, share_ranks
 from pliant.conversion.closed_form import fill, spectrum
 from pliant.conversion.loss import warn_if_lossy
 from pliant.conversion.text import Text, windows_of
@@ -62,6 +62,9 @@ def _check(model: PreTrainedModel, wanted: Mapping[int, NptConfig]) -> None:
                 f"form 'keyed_pre' reads the bias of gate and up; that of layer {index} is offloaded. Use 'keyed', or "
                 "keep the layer on a device."
             )
+
+    if any(config.has_closed_form and config.allocation == "sensitivity" for config in wanted.values()):
+        check_gradients(model)
 
 
 def _statistics(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,23 @@ class Records:
         return sound
 
 
+def read_settings(path: str | os.PathLike) -> Record:
+    """Reads the settings beside the results of a run.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} must be JSON; it is damaged: {error}. Choose another output folder.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{path} must hold settings by name; it holds a {type(found).__name__}. Choose another output folder."
+        )
+    return found
+
+
 def check_settings(path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
     """Writes ``settings`` to ``path``, beside the results, or checks that the ones there are the same.
 
@@ -103,13 +120,19 @@ def check_settings(path: str | os.PathLike, settings: Mapping[str, Any]) -> None
         staged.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(staged, file)
         return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} must be JSON; it is damaged: {error}. Choose another output folder.") from error
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise ConfigError(
-                f"output must be a new folder or one of the same run; {name} was {found.get(name)!r} in {file} and "
-                f"is now {wanted.get(name)!r}. Choose another folder."
-            )
+    for name, before, now in _differences(read_settings(file), wanted):
+        raise ConfigError(
+            f"output must be a new folder or one of the same run; {name} was {before!r} in {file} and is now {now!r}. "
+            "Choose another folder."
+        )
+
+
+def _differences(found: Record, wanted: Record) -> Iterator[tuple[str, Any, Any]]:
+    """Yields what differs by its dotted name; a setting that is missing counts as null."""
+    for name in sorted(found.keys() | wanted.keys()):
+        before, now = found.get(name), wanted.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            for inner, old, new in _differences(before, now):
+                yield f"{name}.{inner}", old, new
+        elif before != now:
+            yield name, before, now

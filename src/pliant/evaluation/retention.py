@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pliant.consolidation.budget import LOGITS_CHUNK, kl_sum, log_probs
 from pliant.consolidation.queries import QUESTION
 from pliant.data import documents, token_windows
 from pliant.data.embedded import package_root, records
@@ -19,7 +20,6 @@ from pliant.errors import ConfigError, DataError
 from pliant.evaluation.editing.cases import pair_tokens
 from pliant.evaluation.records import Record
 from pliant.evaluation.scoring import score_tokens
-from pliant.metrics import LOGITS_CHUNK
 from pliant.statistics import Progress, evaluating, input_device
 
 HELD_OUT_TOKENS = 512
@@ -43,7 +43,7 @@ def held_out_tokens(
 class HeldOut:
     """Held-out text as the unedited model reads it, to be compared with the edited one.
 
-    Edits may change anything but the LM head and the final norm's place before it.
+    Its log-probabilities are kept: four bytes for each token of the text and each of the vocabulary.
 
     Args:
         model: The unedited model.
@@ -60,7 +60,10 @@ class HeldOut:
                 f"{tuple(tokens.shape)}. Make them with pliant.evaluation.held_out_tokens."
             )
         self.tokens = tokens
-        self._hidden = list(_hidden_states(model, tokens))
+        self._loss, self._log_p = 0.0, []
+        for log_p, targets in _predictions(model, tokens):
+            self._loss += _nll(log_p, targets)
+            self._log_p.append(log_p)
 
     @torch.no_grad()
     def compare(self, model: PreTrainedModel) -> Record:
@@ -69,32 +72,28 @@ class HeldOut:
         Raises:
             DataError: The edited model's predictions are not finite.
         """
-        loss = before = kl = 0.0
-        for window, base, hidden in zip(self.tokens, self._hidden, _hidden_states(model, self.tokens), strict=True):
-            targets = window[1:]
-            for start in range(0, len(targets), LOGITS_CHUNK):
-                part = slice(start, min(start + LOGITS_CHUNK, len(targets)))
-                log_p, base_log_p = (_log_p(model, states[part]) for states in (hidden, base))
-                target = targets[part].to(log_p.device)
-                loss += functional.nll_loss(log_p, target, reduction="sum").item()
-                before += functional.nll_loss(base_log_p, target, reduction="sum").item()
-                kl += functional.kl_div(log_p, base_log_p, reduction="sum", log_target=True).item()
+        loss = kl = 0.0
+        for (log_p, targets), before in zip(_predictions(model, self.tokens), self._log_p, strict=True):
+            loss += _nll(log_p, targets)
+            kl += kl_sum(log_p, before)
         count = len(self.tokens) * (self.tokens.shape[1] - 1)
         if not (math.isfinite(loss) and math.isfinite(kl)):
             raise DataError(f"the edited model's predictions must be finite; got {loss} nats. Revert the edit.")
-        return {"perplexity_ratio": math.exp(min((loss - before) / count, 100.0)), "kl": kl / count}
+        return {"perplexity_ratio": math.exp(min((loss - self._loss) / count, 100.0)), "kl": kl / count}
 
 
 @torch.no_grad()
-def _hidden_states(model: PreTrainedModel, tokens: Tensor) -> Iterator[Tensor]:
-    """Yields the last hidden states (window, d_model) of each window."""
+def _predictions(model: PreTrainedModel, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields log-probabilities (chunk, vocabulary) and the tokens that follow (chunk,), window by window."""
     with evaluating(model):
         for window in tokens:
-            yield model.model(window.unsqueeze(0).to(input_device(model)), use_cache=False).last_hidden_state[0]
+            hidden = model.model(window.unsqueeze(0).to(input_device(model)), use_cache=False).last_hidden_state
+            for log_p, targets in zip(log_probs(model, hidden[0, :-1]), window[1:].split(LOGITS_CHUNK), strict=True):
+                yield log_p, targets.to(log_p.device)
 
 
-def _log_p(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return model.lm_head(hidden).float().log_softmax(-1)
+def _nll(log_p: Float[Tensor, "chunk vocabulary"], targets: Int[Tensor, " chunk"]) -> float:
+    return functional.nll_loss(log_p, targets, reduction="sum").item()
 
 
 @dataclass(frozen=True, kw_only=True)

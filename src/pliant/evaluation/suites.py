@@ -18,7 +18,14 @@ from pliant.evaluation.editing.run import EditRun, prepare_folder
 from pliant.evaluation.editing.runs import COUNTS, evaluate_batches, evaluate_edits, evaluate_sequence
 from pliant.evaluation.intervals import paired_difference, summary
 from pliant.evaluation.records import Record, Records
-from pliant.evaluation.retention import ChoiceQuestion, choice_records, held_out_tokens, hellaswag, mmlu
+from pliant.evaluation.retention import (
+    CHOICES_AT_ONCE,
+    ChoiceQuestion,
+    choice_records,
+    held_out_tokens,
+    hellaswag,
+    mmlu,
+)
 from pliant.evaluation.tasks.run import evaluate_tasks
 from pliant.evaluation.tasks.settings import Benchmarks
 from pliant.evaluation.tasks.table import TASK_NAMES
@@ -117,7 +124,7 @@ def evaluate(
     cases = cases_of(suite, data, start=start, records=records)
     common: dict[str, Any] = {"output": output, "entropy": entropy, "progress": progress}
     for name, editor in made.items():
-        own = {**common, "name": run_name(name, mode), "settings": editor_settings(editor)}
+        own = {**common, "name": run_name(name, mode), "settings": editor_settings(editor, model, tokenizer)}
         if name == "untouched":
             own = {**common, "name": name}
             EditRun(model, tokenizer, cases, **own)  # writes before.jsonl
@@ -205,6 +212,10 @@ def _answered(
 ) -> list[Record]:
     """Answers the questions that are not among ``records``, and returns the records of all."""
     missing = [question for question in questions if question.id not in records]
-    for record in choice_records(model, tokenizer, missing, progress=progress):
-        records.append(record)
+    for start in range(0, len(missing), CHOICES_AT_ONCE):
+        part = missing[start : start + CHOICES_AT_ONCE]
+        for record in choice_records(model, tokenizer, part):
+            records.append(record)
+        if progress is not None:
+            progress("Answering questions", len(questions) - len(missing) + start + len(part), len(questions))
     return [records[question.id] for question in questions]

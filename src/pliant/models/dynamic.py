@@ -142,7 +142,8 @@ class DynamicModel(_StartValues):
                     past_key_values, [layer.layer_idx for layer in routed if layer.keeps_keys], len(self.layers)
                 )
             given: Any = inputs_embeds if input_ids is None else input_ids
-            kwargs["token_documents"] = token_documents(attention_mask, position_ids, past_key_values, given.shape[1])
+            documents = token_documents(attention_mask, position_ids, past_key_values, given.shape[1])
+            kwargs["token_documents"] = None if documents is None else documents.expand(len(given), -1)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -5,6 +5,7 @@ fewer tokens than another is filled up behind; ``columns`` says which token of t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,36 @@ KeyStates = Float[Tensor, "batch heads keys head_dim"]
 AllKeys = Float[Tensor, "batch heads width head_dim"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a router remembers of the last tokens.
+
+    Attributes:
+        values: Of those that are kept, (batch, tokens, …).
+        seen: Tokens that it has remembered, kept or not.
+        most: How many of them it needs; ``None`` for all.
+    """
+
+    values: Tensor
+    seen: int
+    most: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """Where the keys that come next belong.
+
+    Attributes:
+        columns: Token of the sequence that each key belongs to, those already there included.
+        places: Where each new key goes in its row, which may be behind the last that counts; ``None``: at the end.
+        is_ragged: Whether rows hold unequally many.
+    """
+
+    columns: Columns
+    places: Int[Tensor, "batch k"] | None
+    is_ragged: bool
+
+
 class RoutedCacheLayer(DynamicLayer):
     """Keys and values of the tokens that ran in one layer, and what its router remembers.
 
@@ -41,8 +72,8 @@ class RoutedCacheLayer(DynamicLayer):
         self.seen = 0
         self.columns: Columns | None = None
         self._is_ragged = False
-        self._state: dict[str, tuple[Tensor, int]] = {}
-        self._expected: tuple[Columns, Tensor | None, bool] | None = None
+        self._state: dict[str, Kept] = {}
+        self._expected: Expected | None = None
 
     @property
     def is_full(self) -> bool:
@@ -54,19 +85,24 @@ class RoutedCacheLayer(DynamicLayer):
         """Announces the tokens whose keys come next; returns the columns of all keys then, and of the queries."""
         queries = selection.places + self.seen
         fresh = queries if selection.valid is None else queries.masked_fill(~selection.valid, NO_KEY)
-        columns = fresh if self.columns is None else torch.cat((self.columns, fresh), dim=1)
-        is_ragged, order = self._is_ragged or selection.valid is not None, None
-        if is_ragged:
-            empty = columns == NO_KEY
-            width = int((~empty).sum(1).max())
-            order = empty.to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-            columns = columns.gather(1, order)
-        self._expected = (columns, order, is_ragged)
-        return columns, queries
+        held = fresh[:, :0] if self.columns is None else self.columns
+        if not self._is_ragged and selection.valid is None:
+            self._expected = Expected(columns=torch.cat((held, fresh), dim=1), places=None, is_ragged=False)
+        else:
+            counts = (held != NO_KEY).sum(1, keepdim=True)
+            places = counts + torch.arange(fresh.shape[1], device=fresh.device)
+            width = int((counts + (fresh != NO_KEY).sum(1, keepdim=True)).max())
+            columns = _filled_up(held, places, fresh, dim=1, fill=NO_KEY)[:, :width]
+            self._expected = Expected(columns=columns, places=places, is_ragged=True)
+        return self._expected.columns, queries
 
     def advance(self, length: int) -> None:
         """Counts ``length`` tokens as passed."""
         self.seen += length
+
+    def holds(self, name: str) -> bool:
+        """Whether anything was remembered under this name."""
+        return name in self._state
 
     def recall(self, name: str) -> Tensor | None:
         """Returns what :meth:`remember` kept of the tokens so far, (batch, tokens, …).
@@ -74,16 +110,14 @@ class RoutedCacheLayer(DynamicLayer):
         Raises:
             ConfigError: Tokens have passed that the router did not see.
         """
-        if name not in self._state:
-            values, seen = None, 0
-        else:
-            values, seen = self._state[name]
+        kept = self._state.get(name)
+        seen = 0 if kept is None else kept.seen
         if seen != self.seen:
             raise ConfigError(
                 f"past_key_values must come from the same routed model, in the same mode; its router saw {seen} of "
                 f"{self.seen} tokens. Start with an empty cache."
             )
-        return values
+        return None if kept is None else kept.values
 
     def remember(self, name: str, values: Shaped[Tensor, "batch tokens ..."], *, most: int | None = None) -> None:
         """Appends the values of the tokens that are passing now; keeps those of the last ``most``, or all.
@@ -91,10 +125,10 @@ class RoutedCacheLayer(DynamicLayer):
         Keeping fewer than all still allows to crop by 256 tokens.
         """
         before = self._state.get(name)
-        kept = values if before is None else torch.cat((before[0], values), dim=1)
+        kept = values if before is None else torch.cat((before.values, values), dim=1)
         if most is not None:
             kept = kept[:, -(most + KEPT_BACK) :]
-        self._state[name] = (kept, self.seen + values.shape[1])
+        self._state[name] = Kept(values=kept, seen=(0 if before is None else before.seen) + values.shape[1], most=most)
 
     def update(
         self, key_states: KeyStates, value_states: KeyStates, *args: Any, **kwargs: Any
@@ -109,10 +143,10 @@ class RoutedCacheLayer(DynamicLayer):
         if self._expected is None:
             self._expect_all(*key_states.shape[::2])
         assert self._expected is not None
-        columns, order, is_ragged = self._expected
-        self.keys = _appended(self.keys, key_states, order)
-        self.values = _appended(self.values, value_states, order)
-        self.columns, self._is_ragged, self._expected = columns, is_ragged, None
+        expected, self._expected = self._expected, None
+        self.keys = _appended(self.keys, key_states, expected)
+        self.values = _appended(self.values, value_states, expected)
+        self.columns, self._is_ragged = expected.columns, expected.is_ragged
         return self.keys, self.values
 
     def _expect_all(self, rows: int, length: int) -> None:
@@ -123,7 +157,8 @@ class RoutedCacheLayer(DynamicLayer):
             )
         device = self.keys.device if self.keys is not None else None
         fresh = torch.arange(self.seen, self.seen + length, device=device).expand(rows, length)
-        self._expected = (fresh if self.columns is None else torch.cat((self.columns, fresh), dim=1), None, False)
+        columns = fresh if self.columns is None else torch.cat((self.columns, fresh), dim=1)
+        self._expected = Expected(columns=columns, places=None, is_ragged=False)
         self.seen += length
 
     def get_seq_length(self) -> int:
@@ -150,13 +185,18 @@ class RoutedCacheLayer(DynamicLayer):
                 f"crop({tokens_to_remove} - cache.get_seq_length())."
             )
         removed = min(-tokens_to_remove, self.seen)
-        for name, (values, seen) in self._state.items():
-            if values.shape[1] < seen and removed > KEPT_BACK:
+        for kept in self._state.values():
+            left = kept.seen - removed
+            missing = (left if kept.most is None else min(kept.most, left)) - (kept.values.shape[1] - removed)
+            if missing > 0:
                 raise ConfigError(
-                    f"crop can take back at most {KEPT_BACK} tokens where a router keeps the last states only; got "
-                    f"{removed}. Start with an empty cache."
+                    f"crop can take back at most {removed - missing} tokens now, as a router keeps the last "
+                    f"{KEPT_BACK} states only; got {removed}. Start with an empty cache."
                 )
-            self._state[name] = (values[:, : values.shape[1] - removed], seen - removed)
+        for name, kept in self._state.items():
+            self._state[name] = replace(
+                kept, values=kept.values[:, : kept.values.shape[1] - removed], seen=kept.seen - removed
+            )
         self.seen -= removed
         if self.columns is None or not removed:
             return
@@ -180,16 +220,26 @@ class RoutedCacheLayer(DynamicLayer):
         self._map(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._state = {name: (change(values), seen) for name, (values, seen) in self._state.items()}
+        self._state = {name: replace(kept, values=change(kept.values)) for name, kept in self._state.items()}
         if self.columns is not None:
             self.columns, self.keys, self.values = change(self.columns), change(self.keys), change(self.values)
 
 
-def _appended(held: Tensor, new: KeyStates, order: Int[Tensor, "batch width"] | None) -> AllKeys:
-    joined = torch.cat((held, new), dim=-2) if held.numel() else new
-    if order is None:
-        return joined
-    return joined.gather(2, order[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3]))
+def _appended(held: Tensor, new: KeyStates, expected: Expected) -> AllKeys:
+    """Keys or values with the new ones where they are expected."""
+    held = held if held.numel() else new[:, :, :0]
+    if expected.places is None:
+        return torch.cat((held, new), dim=2)
+    places = expected.places[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+    return _filled_up(held, places, new, dim=2)[:, :, : expected.columns.shape[1]]
+
+
+def _filled_up(
+    held: Shaped[Tensor, "..."], places: Int[Tensor, "..."], new: Shaped[Tensor, "..."], *, dim: int, fill: int = 0
+) -> Shaped[Tensor, "..."]:
+    """Returns ``held`` made longer along ``dim``: the new values at their places, ``fill`` where there are none."""
+    longer = torch.cat((held, torch.full_like(new, fill)), dim=dim)
+    return longer.scatter_(dim, places, new)
 
 
 def prepare_cache(cache: Cache, layers: list[int], num_layers: int) -> None:

@@ -1,6 +1,7 @@
 """From a run's configuration to the model that is trained."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from pliant.config import RunConfig, TrainingConfig
-from pliant.config.sections import ADAPTERS, IA3_INPUTS, IA3_TARGETS
+from pliant.config.sections import ADAPTERS, HALF, IA3_INPUTS, IA3_TARGETS
 from pliant.conversion import convert
 from pliant.conversion.routed import CALIBRATION_TOKENS as ROUTED_TOKENS
 from pliant.data import calibration_tokens
@@ -105,6 +106,24 @@ def tokenizer_for(config: RunConfig) -> PreTrainedTokenizerBase:
             f"model.base_model_name={name!r} must have a tokenizer to read text with; none can be read ({error}). For "
             "a hub id connect, or download it beforehand; for a folder put its files beside the model."
         ) from error
+
+
+def autocast_dtype(config: RunConfig) -> torch.dtype | None:
+    """Returns what the forward passes of a run are cast to; nothing where they compute in what weights are held in.
+
+    A trained base is held in fp32. A frozen one is held in 16 bit; under fp16, whose losses are scaled, what is trained
+    beside it is in fp32 and cast.
+    """
+    precision = config.training.mixed_precision
+    if precision == "no" or (precision == "bf16" and config.training.trainable != "all"):
+        return None
+    return getattr(torch, HALF[precision])
+
+
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Within the block a model of ``config`` computes as in training."""
+    dtype = autocast_dtype(config)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def compile_layers(model: Any) -> None:

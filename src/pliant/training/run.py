@@ -19,7 +19,7 @@ from pliant.config.composition import compose, flatten, to_yaml
 from pliant.data import TrainingData, training_data
 from pliant.errors import ConfigError
 from pliant.training import checkpoints
-from pliant.training.build import build_model, tokenizer_for
+from pliant.training.build import autocast_dtype, build_model, tokenizer_for
 from pliant.training.callbacks import GenerationSamples, MetricsFile, RunProgress, StopSignals
 from pliant.training.plan import CONFIG_FILE, METRICS_FILE, compute_device_type, make_plan
 from pliant.training.trainer import PliantTrainer
@@ -30,7 +30,7 @@ SAMPLES_FILE = "samples.jsonl"
 DECIDING = (
     *("model_type", "model.", "data.", "training.objective", "training.stages", "training.layerwise_fraction"),
     *("training.trainable", "training.lora_", "training.seed", "training.mixed_precision"),
-    *("training.kl_weight", "training.hidden_", "training.use_regular"),
+    *("training.kl_weight", "training.hidden_", "training.use_regular", "training.regularization_lambda"),
 )
 """Settings that a resumed run may not change."""
 PROBE_ROWS, PROBE_TOKENS = 2, 128
@@ -173,8 +173,7 @@ def _run(
 
 def _arguments(config: RunConfig, *, resumed: bool) -> TrainingArguments:
     """What transformers' loop needs to know; losses, schedules, evaluation and saving are the trainer's own."""
-    training = config.training
-    trains_base = training.trainable == "all"
+    training, cast = config.training, autocast_dtype(config)
     arguments = TrainingArguments(
         output_dir=training.output_dir,
         run_name=training.run_name,
@@ -189,8 +188,8 @@ def _arguments(config: RunConfig, *, resumed: bool) -> TrainingArguments:
         learning_rate=training.lr,
         max_grad_norm=training.max_grad_norm,
         use_cpu=compute_device_type() == "cpu",  # else it refuses bf16 there
-        bf16=trains_base and training.mixed_precision == "bf16",
-        fp16=training.mixed_precision == "fp16",
+        bf16=cast == torch.bfloat16,
+        fp16=cast == torch.float16,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         eval_on_start=not resumed,

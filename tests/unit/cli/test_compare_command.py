@@ -34,6 +34,7 @@ def row(loss: float, kl: float, *, deviation: float | None = 0.01) -> dict[str, 
     task = {name: {"value": interval(0.5), "difference": interval(0.25)} for name in ("correct", "gain", "log_prob")}
     return {
         "seeds": 3,
+        "failed": 0,
         "validation_loss": loss,
         "validation_loss_deviation": deviation,
         "perplexity": 2.718,
@@ -98,6 +99,16 @@ def test_tables_and_picture_show_what_was_found(run, calls, tmp_path):
     assert len(picture) > 10_000
 
 
+def test_seeds_that_diverged_are_shown(run, monkeypatch, tmp_path):
+    found = result(stopped_by="SIGTERM")
+    monkeypatch.setattr("pliant.evaluation.comparison.compare.compare", lambda *_, **__: found)
+    assert "not every seed" not in run("compare", "-o", tmp_path, exit_code=143).stdout
+    found["summary"]["full"] |= {"seeds": 1, "failed": 2}
+    text = run("compare", "-o", tmp_path, exit_code=143).stdout
+    assert "1 of 3" in text
+    assert "not every seed ended in a finite loss" in text
+
+
 def test_json_is_what_the_library_returned(run, calls, tmp_path):
     assert json.loads(run("compare", "--json", "-o", tmp_path / "out").stdout) == result()
 
@@ -124,6 +135,28 @@ def test_a_dry_run_shows_sizes_and_leaves_nothing(run, tiny, text_file, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_checks_text_and_folder_and_tells_what_has_no_effect(run, tiny, text_file, tmp_path):
+    asked = ("compare", "--config-name", "compare_domain", f"model.base_model_name={tiny}")
+    asked += (f"data.dataset_name={text_file}", "data.max_length=64", "training.mixed_precision=no")
+    asked += ("--methods", "v1,ia3", "--budget", "3000", "--dry-run", "-o", tmp_path / "out")
+    told = run(*asked, "model.adapter_rank=4", "training.lora_rank=2", "training.lr=1e-4", "training.weight_decay=0.1")
+    for name in (
+        "model.adapter_rank is set by each method",
+        "training.lora_rank is",
+        "training.lr is set by --learning",
+    ):
+        assert name in told.stderr
+    assert "weight_decay" not in told.stderr
+    assert "without effect" not in run(*asked).stderr
+    missing = run(*asked, "--held-out", tmp_path / "nowhere.txt", exit_code=1)
+    assert "nowhere.txt' does not exist" in missing.stderr
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/settings.json").write_text('{"recipe": {"training.weight_decay": 0.5}, "data": "of before"}')
+    refused = run(*asked, exit_code=1).stderr
+    assert "was" in refused
+    assert "Choose another folder" in refused
+
+
 @pytest.mark.parametrize("recipe", ["compare_sft", "compare_metamath"])
 def test_recipes_resolve(run, tiny, tmp_path, monkeypatch, recipe):
     monkeypatch.setattr("pliant.training.plan.hub_is_reachable", lambda: False)
@@ -143,6 +176,16 @@ def test_recipes_resolve(run, tiny, tmp_path, monkeypatch, recipe):
         (("-o", "out", "--budget", "1.5"), ("--budget", "whole numbers"), 2),
         (("-o", "out", "--methods", "v1,,lora"), ("--methods", "commas"), 2),
         (("-o", "out", "--learning-rates", "fast"), ("--learning-rates", "'fast'"), 1),
+        (
+            ("-o", "out", "--dry-run", "--learning-rates", "3e-4", "--learning-rates", "1e-3"),
+            ("one list", "'1e-3'", "commas"),
+            1,
+        ),
+        (
+            ("-o", "out", "--dry-run", "--learning-rates", "v1=1", "--learning-rates", "v1=2"),
+            ("of v1 must be one list",),
+            1,
+        ),
         (("-o", "out", "--seeds", "0"), ("seeds must be at least 1",), 1),
         (("-o", "out", "training.lrr=1"), ("training.lrr", "training.lr"), 1),
         (("-o", "out", "--config-name", "guide"), ("training.objective", "sft or causal_lm"), 1),

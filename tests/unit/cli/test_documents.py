@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from pliant.cli import main
+from pliant.cli.inject import HELP
+from pliant.consolidation import Consolidation, WriteSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -108,6 +111,24 @@ def test_the_commands_of_the_readme_run(workplace, tiny, text_file, run):
         done.append(arguments[0])
     assert {"info", "convert", "generate", "chat", "consolidate", "inject", "calibrate", "routes"} <= set(done)
     assert Path("outputs/shared/modeling_pliant.py").is_file()
+
+
+def test_the_guide_shows_the_commands_of_a_session():
+    assert f"```text\n{HELP}\n```" in (ROOT / "docs" / "guides" / "consolidation.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("settings", [Consolidation(), WriteSettings()], ids=lambda settings: type(settings).__name__)
+def test_the_guide_has_every_setting_with_its_default(settings):
+    guide = (ROOT / "docs" / "guides" / "consolidation.md").read_text(encoding="utf-8")
+    _, _, table = guide.partition(f"| `{type(settings).__name__}` | default | |\n")
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", table.partition("\n\n")[0], re.MULTILINE)
+    defaults = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    assert [name for name, _ in rows] == list(defaults)
+    for name, told in rows:
+        if not is_dataclass(defaults[name]):
+            assert told.strip("`").replace("−", "-") == str(defaults[name])
+        else:
+            assert eval(told.strip("`"), {"WriteSettings": WriteSettings}) == defaults[name]
 
 
 def test_the_page_of_results_says_what_the_files_say():

@@ -125,13 +125,47 @@ def test_greedy_answers_end_with_their_sentence(model: Any, speaker: Any, monkey
         return torch.cat((ids, torch.tensor([speaker(next(said), add_special_tokens=False)["input_ids"]])), dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    assert greedy(model, speaker, [SENTENCE] * 4) == ["Paris", "Paris", "in Lisbon", ""]
+    assert greedy(model, speaker, list("abcd")) == ["Paris", "Paris", "in Lisbon", ""]
 
 
-def test_greedy_answers_are_the_models_own(model: Any, speaker: Any):
-    answer = greedy(model, speaker, ["The capital"], max_new_tokens=3)[0]
-    assert answer == greedy(model, speaker, ["The capital"], max_new_tokens=3)[0]
-    assert "\n" not in answer
+def test_greedy_answers_are_kept_until_the_model_changes(model: Any, speaker: Any, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **options: asked.append(ids) or generate(ids, **options))
+    answer = greedy(model, speaker, ["The capital"], max_new_tokens=3)
+    assert "\n" not in answer[0]
+    assert greedy(model, speaker, ["The capital", "The capital"], max_new_tokens=3) == answer * 2
+    assert len(asked) == 1
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    assert greedy(model, speaker, ["The capital"], max_new_tokens=3) != answer
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("\n Paris\nIt is in France", "\n Paris\n"),
+        (" Paris. It is in France", " Paris. I"),
+        (" Dr. Lee of Lisbon", " Dr. Lee of Lisbon"),
+    ],
+)
+def test_nothing_is_written_after_the_answer(
+    text: str, written: str, model: Any, speaker: Any, monkeypatch: pytest.MonkeyPatch
+):
+    tokens = speaker(text, add_special_tokens=False)["input_ids"]
+    tokens = tokens[: len(tokens) - (tokens[-1] == speaker.eos_token_id)]
+    steps: list[int] = []
+
+    def head(hidden: Any) -> Any:
+        steps.append(tokens[len(steps)])
+        return torch.nn.functional.one_hot(torch.tensor([[steps[-1]]]), len(speaker)).float()
+
+    monkeypatch.setattr(model.lm_head, "forward", head)
+    answer = greedy(model, speaker, ["The capital"], max_new_tokens=len(tokens))
+    assert answer == ["Dr. Lee of Lisbon" if "Lee" in text else "Paris"]
+    assert str(speaker.decode(steps)).strip(" ").startswith(written.strip(" "))
+    assert (len(steps) == len(tokens)) == (text == written)
 
 
 def test_a_context_stands_before_the_query():
@@ -176,6 +210,16 @@ def test_queries_are_made_of_every_sentence(model: Any, speaker: Any):
     assert fact.subject in text
     (fact,) = facts_of(model, speaker, text, None, "Lisbon", None)
     assert [(ask.query, ask.answer) for ask in fact.asks] == [("Zoë plays the violin in", "Lisbon")]
+
+
+def test_an_answer_is_words_and_not_a_part_of_them(model: Any, speaker: Any):
+    text = "Alice is 9 years old. She was born in 1999."
+    for query in (None, "How old is Alice?"):
+        (fact,) = facts_of(model, speaker, text, query, "9", "Alice")
+        assert (fact.asks[-1].query, fact.asks[-1].answer) == ("Alice is", "9")
+        assert not [ask for ask in fact.asks if ask.query.endswith("199")]
+    (fact,) = facts_of(model, speaker, "So long, so so long.", None, "so", "")
+    assert fact.prompts == ("So long, so",)
 
 
 @pytest.mark.parametrize("query", ["?", "???", "...", "!"])

@@ -1,5 +1,7 @@
 """What is kept of a base between calls, and when it is made again."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 import pliant
+from pliant.architectures.base import added_buffers
 from pliant.consolidation.resources import resources_of
 from pliant.key_moments import key_moments
 
@@ -31,6 +34,35 @@ def test_resources_are_kept_for_a_base_and_a_text(model: Any, tokenizer: Any, tm
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     assert torch.equal(resources_of(model, tokenizer, tmp_path / "text.txt", 128).neutral, first.neutral)
     assert first.neutral.shape == (8, 64)
+
+
+def test_a_file_is_known_by_its_content(model: Any, tokenizer: Any, tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    first = resources_of(model, tokenizer, path, 128)
+    assert resources_of(model, tokenizer, path, 128) is first
+    path.write_text(f"5 6 {TEXT}", encoding="utf-8")
+    assert not torch.equal(resources_of(model, tokenizer, path, 128).neutral, first.neutral)
+
+
+def test_only_the_newest_are_kept(model: Any, tokenizer: Any):
+    first = weakref.ref(resources_of(model, tokenizer, TEXT, 128))
+    resources_of(model, tokenizer, TEXT + " 5", 128)
+    gc.collect()
+    assert first() is None
+
+
+def test_neutral_text_is_read_again_when_a_threshold_changes(make_routed: Callable[..., Any], tokenizer: Any):
+    model = make_routed("mod")
+    resources = resources_of(model, tokenizer, TEXT, 128)
+    first = resources.neutral_text(model)
+    assert resources.neutral_text(model) is first
+    (name, threshold), *_ = added_buffers(model)
+    threshold.fill_(-torch.inf)
+    second = resources_of(model, tokenizer, TEXT, 128).neutral_text(model)
+    assert second is not first, name
+    assert first.kl(model) > 1e-4
+    assert abs(second.kl(model)) < 1e-6
 
 
 def test_another_base_has_its_own(model: Any, tokenizer: Any, make_base: Callable[..., Any], tmp_path: Path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pliant.consolidation.budget import TRIALS, NeutralText, shrunk
+from pliant.consolidation import budget
+from pliant.consolidation.budget import TRIALS, NeutralText, divergence, shrunk
 from pliant.errors import EditError
 from pliant.models.edits import Delta
 
@@ -82,6 +83,28 @@ def test_what_is_within_the_budget_stays_whole(budget: float | None, model: Any,
     assert share == 1
     assert kl == 1.5
     assert torch.equal(kept[PATH].left, full[PATH].left)
+
+
+def test_a_divergence_that_is_known_is_not_measured_again(model: Any, prompt: Tensor):
+    full = deltas_of()
+    neutral = Growing(model, prompt, GROWTH["square"], full[PATH])
+    expected = shrunk(model, full, neutral, 0.01)
+    measured = neutral.shares.copy()
+    neutral.shares.clear()
+    found = shrunk(model, full, neutral, 0.01, whole=GROWTH["square"](1.0))
+    assert found[1:] == expected[1:]
+    assert neutral.shares == measured[1:]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1_000])
+def test_the_size_of_chunks_makes_no_difference(
+    chunk: int, model: Any, prompt: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    kl = divergence(model, deltas_of(), NeutralText(model, prompt))
+    monkeypatch.setattr(budget, "LOGITS_CHUNK", chunk)
+    neutral = NeutralText(model, prompt)
+    assert max(map(len, neutral.before)) == min(chunk, prompt.numel())
+    assert divergence(model, deltas_of(), neutral) == pytest.approx(kl, rel=1e-5)
 
 
 @pytest.mark.parametrize("grows", [lambda _: 1.0, lambda share: 1e9 * share**2], ids=["flat", "steep"])

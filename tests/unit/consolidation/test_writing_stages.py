@@ -197,6 +197,16 @@ def test_a_search_that_is_written_holds(model: Any, problem: Problem, moments: d
         assert plain_log_p(model, part.rows[0]) > float(stage.log_p(torch.zeros(1, 32))) + 1
 
 
+def test_every_step_of_the_search_is_looked_at(model: Any, problem: Problem, monkeypatch: pytest.MonkeyPatch):
+    stage, looks, steps = SubjectStage(model, problem, 0, 0), [], []
+    log_p, grad = stage.log_p, torch.autograd.grad
+    monkeypatch.setattr(stages, "ENOUGH", -1.0)  # out of reach
+    monkeypatch.setattr(stage, "log_p", lambda values: looks.append(values) or log_p(values))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: steps.append(args) or grad(*args))
+    stage.search(torch.zeros(3, 32), stage.named)
+    assert (len(looks), len(steps)) == (stages.STEPS + 1, stages.STEPS)
+
+
 def greedy_answers(model: Any, rows: Any) -> list[bool]:
     """Whether each token of each answer is the likeliest."""
     found = []

@@ -1,6 +1,7 @@
 """Benchmark tasks on tiny models: the base beside them, a run that goes on, and answers that no batch changes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pliant.evaluation.editing.run import weight_format
 from pliant.evaluation.tasks import run as benchmark_run
 from pliant.evaluation.tasks.definitions import CONFIGS, load_yaml, prepare
 from pliant.evaluation.tasks.harness import Harness
+from pliant.evaluation.tasks.results import assemble
 
 TEXT = " ".join(str(2 + (i * i + 3 * i) % 90) for i in range(400))
 ARC_FILE = "hf_datasets/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow"
@@ -144,6 +146,19 @@ def test_another_model_or_other_settings_are_refused(model, tokenizer, options, 
         measured(model, tokenizer, options, stride=8)
 
 
+def test_tasks_of_one_folder_have_one_limit_and_seed(model, tokenizer, options):
+    measured(model, tokenizer, options, tasks=["openbookqa"], samples=False, limit=4, seed=3)
+    own: dict[str, Any] = {name: options[name] for name in ("data", "data_dir", "num_tokens", "window")}
+    own |= {"limit": 4, "seed": 3}
+    Benchmarks(tasks=["perplexity"], **own).prepare(options["output"])
+    assert len(Benchmarks(tasks=["arc_easy"], **own).prepare(options["output"])) == 1
+    for names in (["perplexity"], ["arc_easy"]):
+        with pytest.raises(ConfigError, match=r"limit was 4 in .*openbookqa.settings.json and is now 5"):
+            Benchmarks(tasks=names, **{**own, "limit": 5}).prepare(options["output"])
+        with pytest.raises(ConfigError, match=r"seed was 3 in .*openbookqa.settings.json and is now 7"):
+            Benchmarks(tasks=names, **{**own, "seed": 7}).prepare(options["output"])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -192,6 +207,32 @@ def test_damaged_results_are_named(model, tokenizer, options):
     (options["output"] / "requests/model.db").write_bytes(b"no database" * 100)
     with pytest.raises(DataError, match=r"model.db must hold answers to requests; it is damaged"):
         measured(model, tokenizer, options)
+
+
+def test_what_to_delete_of_damaged_results_is_told(model, tokenizer, options, monkeypatch):
+    whole, folder = measured(model, tokenizer, options, tasks=["openbookqa"], samples=False), options["output"]
+    results, samples = folder / "tasks/base/openbookqa.json", folder / "samples/base/openbookqa.jsonl"
+    lines = samples.read_text()
+    for file, content, told in (
+        (results, "[]", "must hold results by name; it holds a list"),
+        (results, "{}", "must hold the results of task 'openbookqa'"),
+        (samples, "", "it is missing or empty"),
+        (samples, None, "it is missing or empty"),
+        (samples, lines + "{", "line 7 must be what was made of a document; it is damaged"),
+        (samples, lines.replace("doc_id", "document", 1), "line 1 must be what was made of a document"),
+        (samples, "[1]", "line 1 must be what was made of a document"),
+    ):
+        before = file.read_text()
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.raises(DataError, match=re.escape(told)) as raised:
+            assemble(folder)
+        assert f"Delete {results if file == samples else 'it'}, and " in str(raised.value)
+        file.write_text(before)
+    samples.unlink()
+    results.unlink()  # as was told
+    monkeypatch.setattr(HFLM, "_model_call", lambda *_, **__: pytest.fail("was answered before"))
+    again = measured(model, tokenizer, options, tasks=["openbookqa"], samples=False)
+    assert again["pliant"]["base"] == whole["pliant"]["base"]
 
 
 def test_answers_that_cannot_be_kept_are_told(model, tokenizer, options, monkeypatch):

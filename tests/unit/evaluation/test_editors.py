@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import pliant
-from pliant.consolidation import Consolidation
+from pliant.consolidation import Consolidation, stages
 from pliant.consolidation.queries import QUESTION
 from pliant.errors import ConfigError, DataError, EditError
 from pliant.evaluation import EDITORS, EditCase, Learn, evaluate, evaluate_edits, suites
 from pliant.evaluation.baselines import RandomDirection
+from pliant.evaluation.baselines.values import REUSED, ValueSearch
 from pliant.evaluation.editing import editors, figures
 from pliant.evaluation.editing.cases import counterfact
 from pliant.evaluation.editing.editors import OWN, editor_named, editor_settings
+from pliant.evaluation.records import Records
 from pliant.models.edits import Delta, Edit
 
 PATH = "layers.1.mlp.down_proj"
@@ -132,14 +134,81 @@ def test_learning_makes_the_answer_likelier_and_leaves_the_model(
     assert not len(model.edits)
 
 
-def test_the_table_makes_editors_with_settings_that_can_be_written_down():
+def test_the_table_makes_editors_with_settings_that_can_be_written_down(model: Any, tokenizer: PreTrainedTokenizerFast):
+    def settings_of(name: str) -> Any:
+        return editor_settings(editor_named(name), model, tokenizer)
+
     assert set(OWN) < set(EDITORS)
     for name in EDITORS:
-        settings = editor_settings(editor_named(name))
-        assert json.loads(json.dumps(settings)) == settings
-    assert editor_settings(editor_named("random"))["editor"]["settings"]["target"] == "unembedding"
-    assert editor_settings(editor_named("context"))["settings"]["target"] == "context"
-    assert "moments" not in editor_settings(editor_named("rome"))
+        assert json.loads(json.dumps(settings_of(name))) == settings_of(name)
+    assert settings_of("random")["editor"] == settings_of("unembedding")
+    assert settings_of("context")["settings"]["target"] == "context"
+    assert {"moments", "found"}.isdisjoint(settings_of("memit"))
+    method = settings_of("auto")["settings"]["method"]
+    assert (method["subject_layers"], method["answer_layers"]) == Consolidation().places(3)
+    assert method["steps"] == stages.STEPS
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "name"),
+    [
+        ("stages.STRENGTHS", (1.0,), "strengths"),
+        ("stages.CLAMP", 2.0, "clamp"),
+        ("solve.SUBJECT_BUDGET", 0.5, "subject_budget"),
+        ("settings.SUBJECT_DEPTH", 0.4, "subject_layers"),
+        ("resources.calibration_tokens", lambda *_, **__: torch.ones(2, 8, dtype=torch.long), "neutral_text"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_method(
+    place: str,
+    value: Any,
+    name: str,
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: list[Any],
+):
+    options: dict[str, Any] = {"data": data, "records": 1, "output": tmp_path / "results"}
+    evaluate(model, tokenizer, "counterfact", ["auto"], **options)
+    monkeypatch.setattr(f"pliant.consolidation.{place}", value)
+    with pytest.raises(ConfigError, match=rf"settings\.settings\.method\.{name} was"):
+        evaluate(model, tokenizer, "counterfact", ["auto"], **options)
+    assert len(told) == 1
+
+
+def test_an_edit_that_is_refused_is_no_drift(model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    def refuse(*_: Any) -> None:
+        raise EditError("it cannot be")
+
+    (record,) = evaluate_edits(model, tokenizer, [STATEMENT], refuse, output=tmp_path / "results", name="refuse")
+    assert (record["edited"], record["refusal"]) == (0.0, "it cannot be")
+    assert (record["perplexity_ratio"], record["kl"]) == (1.0, 0.0)
+
+
+def test_what_another_editor_searched_is_not_searched_again(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    searched: list[Any] = []
+    search = ValueSearch.search
+    monkeypatch.setattr(ValueSearch, "search", lambda self, *given: searched.append(given) or search(self, *given))
+    output = tmp_path / "results"
+    evaluate(model, tokenizer, "counterfact", ["memit", "alphaedit"], data=data, records=2, output=output)
+    assert len(searched) == 2
+    first, second = (Records(output / f"{name}.jsonl").all() for name in ("memit", "alphaedit"))
+    assert not [record for record in first if REUSED in record["edit"]["details"]]
+    for one, other in zip(first, second, strict=True):
+        assert 0 < other["edit"]["details"][REUSED] < one["seconds"]
+        assert other["seconds"] > other["edit"]["details"][REUSED]
+    found = editor_named("memit")
+    model.edits.add(Edit(context="", deltas={PATH: Delta(left=torch.ones(32, 1), right=torch.ones(48, 1))}))
+    found(model, tokenizer, counterfact(data)[0])
+    assert len(searched) == 3
 
 
 def test_earlier_keys_are_remembered_only_where_edits_stay():

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import pliant
 from pliant.errors import ConfigError, DataError, EditError
 from pliant.evaluation import EditCase, evaluate_batches, evaluate_edits, evaluate_sequence, summary
+from pliant.evaluation.editing.run import json_hash, prepare_folder
 from pliant.models.edits import Delta, Edit
 
 CASES = [
@@ -192,7 +193,7 @@ def test_results_are_not_mixed(
 ):
     evaluate_edits(model, tokenizer, CASES[:2], write, **options)
     evaluate_edits(model, tokenizer, CASES[:3], write, **options)
-    with pytest.raises(ConfigError, match="settings was"):
+    with pytest.raises(ConfigError, match=r"settings\.layers was None"):
         evaluate_edits(model, tokenizer, CASES[:2], write, **options, settings={"layers": [1]})
     with pytest.raises(ConfigError, match="entropy was False"):
         evaluate_edits(model, tokenizer, CASES[:2], write, **options, entropy=True)
@@ -204,6 +205,23 @@ def test_results_are_not_mixed(
     make_base(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="base was"):
         evaluate_edits(pliant.load(tmp_path / "other"), tokenizer, CASES[:2], write, **options)
+
+
+def test_thresholds_are_part_of_the_model(make_routed: Callable[..., Any], calibration: torch.Tensor, tmp_path: Path):
+    model = make_routed("mod")
+    prepare_folder(model, tmp_path)
+    prepare_folder(model, tmp_path)
+    pliant.calibrate(model, calibration=calibration[:3])
+    with pytest.raises(ConfigError, match="changes was"):
+        prepare_folder(model, tmp_path)
+
+
+def test_folders_of_models_without_thresholds_stay_theirs(make_converted: Callable[..., Any], tmp_path: Path):
+    model = make_converted("v1")
+    prepare_folder(model, tmp_path)
+    added = [parameter.flatten()[:4].tolist() for _, parameter in model.dynamic_parameters()]
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert kept["changes"] == json_hash([model.config.pliant, added])
 
 
 @pytest.mark.parametrize("name", ["", "before", "a/b"])

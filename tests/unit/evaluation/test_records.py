@@ -66,6 +66,25 @@ def test_settings_may_not_change(tmp_path: Path):
         with pytest.raises(ConfigError, match=r"output must be a new folder .* Choose another folder"):
             check_settings(file, other)
     assert [path.name for path in file.parent.iterdir()] == ["settings.json"]
-    file.write_text("{")
-    with pytest.raises(ConfigError, match="it is damaged"):
+
+
+def test_what_differs_is_named_however_deep(tmp_path: Path):
+    file = tmp_path / "settings.json"
+    check_settings(file, {"recipe": {"training.lr": 0.1, "data": {"size": 2, "kind": None}}})
+    check_settings(file, {"recipe": {"training.lr": 0.1, "data": {"size": 2}, "new": None}})
+    for recipe, told in (
+        ({"training.lr": 0.2, "data": {"size": 2}}, r"; recipe\.training\.lr was 0\.1 in .* and is now 0\.2\. Choose"),
+        ({"training.lr": 0.1, "data": {"size": 3}}, r"; recipe\.data\.size was 2 in .* and is now 3\. Choose"),
+        ({"training.lr": 0.1}, r"; recipe\.data was \{'size': 2, 'kind': None\} in .* and is now None\. Choose"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            check_settings(file, {"recipe": recipe})
+
+
+@pytest.mark.parametrize(("text", "told"), [("{", "it is damaged"), ("[1]", "must hold settings by name; .* a list")])
+def test_damaged_settings_are_told(tmp_path: Path, text: str, told: str):
+    file = tmp_path / "settings.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"{told}.* Choose another output folder"):
         check_settings(file, {})
+    assert file.read_text() == text

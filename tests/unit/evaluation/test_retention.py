@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import pliant
+from pliant.consolidation import budget
 from pliant.data import embedded
 from pliant.errors import ConfigError, DataError
-from pliant.evaluation import retention
+from pliant.evaluation import retention, suites
+from pliant.evaluation.records import Record, Records
 from pliant.evaluation.retention import ChoiceQuestion, HeldOut, choice_records, held_out_tokens, hellaswag, mmlu
 from pliant.metrics import compare_to_base
 
@@ -35,6 +37,24 @@ def test_drift_is_that_of_the_metrics(make_converted: Callable[..., Any], calibr
     with model.base_mode():
         base = pliant.perplexity(model, calibration)
     assert found["perplexity_ratio"] == pytest.approx(pliant.perplexity(model, calibration) / base, rel=1e-4)
+
+
+def test_the_unedited_model_is_read_once(
+    make_base: Callable[..., Any], calibration: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    model, read = make_base(), []
+    held_out = HeldOut(model, calibration)
+    model.lm_head.register_forward_hook(lambda _module, args, _output: read.append(len(args[0])))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    found = held_out.compare(model)
+    assert sum(read) == calibration[:, 1:].numel()
+    monkeypatch.setattr(budget, "LOGITS_CHUNK", 3)
+    monkeypatch.setattr(retention, "LOGITS_CHUNK", 3)
+    other = make_base()
+    parts = HeldOut(other, calibration).compare(model)
+    assert max(read[-10:]) == 3
+    assert parts == pytest.approx(found, rel=1e-5)
 
 
 def test_what_cannot_be_measured_is_refused(make_base: Callable[..., Any], calibration: Tensor):
@@ -68,6 +88,43 @@ def test_the_likeliest_choice_a_character_is_taken(
                 log_p = model(torch.tensor([prompt + answer])).logits[0, 1:-1].log_softmax(-1)
             totals.append(log_p[range(len(answer)), answer].sum().item() / len(choice))
         assert record["correct"] == float(totals.index(max(totals)) == question.answer)
+
+
+def test_answers_are_kept_as_they_come(
+    make_converted: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(suites, "CHOICES_AT_ONCE", 2)
+    asked: list[str] = []
+
+    def answered(*given: Any) -> list[Record]:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.extend(question.id for question in given[2])
+        return choice_records(*given)
+
+    questions = [ChoiceQuestion(id=str(i), prompt=f"{i}", choices=("50", "7"), answer=0) for i in range(2, 7)]
+    steps: list[tuple[str, int, int]] = []
+
+    def run() -> list[Record]:
+        return suites._answered(
+            make_converted("v1"),
+            Records(tmp_path / "mmlu.jsonl"),
+            tokenizer=tokenizer,
+            questions=questions,
+            progress=lambda *step: steps.append(step),
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suites, "choice_records", answered)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert asked == ["2", "3"]
+    assert len(Records(tmp_path / "mmlu.jsonl")) == 2
+    assert run() == choice_records(make_converted("v1"), tokenizer, questions)
+    assert steps == [("Answering questions", done, 5) for done in (2, 4, 5)]
 
 
 def test_marks_of_wikihow_go(monkeypatch: pytest.MonkeyPatch):

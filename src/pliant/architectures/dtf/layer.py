@@ -95,23 +95,23 @@ class DtfLayer(RoutedLayer):
         if self.routes:
             self.entry = entry
             return super().forward(hidden_states, token_documents, **kwargs)
-        if self.active or any(dynamic.active for dynamic in self.partner):
+        if any(dynamic.active for dynamic in self.partner):
             self.entry = hidden_states
         return self._enter(hidden_states, kwargs)
 
     def route(self, h: Hidden, documents: Tensor | None, memory: Memory | None) -> Route:
         """Weighs the change from the decision layer's input to ``h``, its output."""
         assert self.entry is not None
-        entry, self.entry = self.entry.to(h.device), None
+        entry, self.entry = self.entry.to(h.device).float(), None
         foreseen, log_variance = self.prior(entry)
-        change = h.float() - entry.float()
+        change = h.float() - entry
         gate, scores = self.router(mean_square(change), divergence(change - foreseen, log_variance), documents, memory)
-        signals = {"foreseen": entry.float() + foreseen, "h": h}
-        return Route(
-            scores=scores,
-            gate=gate,
-            signals=signals if log_variance is None else {**signals, "log_variance": log_variance},
-        )
+        signals = {}
+        if self.recording:
+            signals = {"foreseen": entry + foreseen, "h": h}
+            if log_variance is not None:
+                signals["log_variance"] = log_variance
+        return Route(scores=scores, gate=gate, signals=signals)
 
     def skip(self, h: Hidden) -> Hidden:
         """Leaves a token as it is, or moves it by what the prior foresees."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pliant.architectures.mod.config import ModConfig
 from pliant.architectures.routing import Memory, Route, RoutedLayer, Router
-from pliant.architectures.routing.layer import Hidden, PerToken
+from pliant.architectures.routing.layer import Hidden, PerToken, inverse_norm
 
 INITIAL_STD = 0.02
 PREDICTOR_SHARE = 8
@@ -39,11 +39,12 @@ class LinearRouter(Router):
 
     def forward(self, h: Hidden) -> tuple[PerToken, PerToken | None]:
         """Returns the router's logits, and the predictor's."""
-        x = functional.rms_norm(h.float(), h.shape[-1:], eps=1e-6)
-        logits = x @ self.weight
+        h, scale = h.float(), inverse_norm(h)
+        logits = (h @ self.weight.float()) * scale
         if self.predictor_in is None or self.predictor_out is None:
             return logits, None
-        return logits, functional.silu(functional.linear(x.detach(), self.predictor_in)) @ self.predictor_out
+        seen = functional.linear(h.detach(), self.predictor_in.float()) * scale.detach()[..., None]
+        return logits, functional.silu(seen) @ self.predictor_out.float()
 
 
 class ModLayer(RoutedLayer):

@@ -35,6 +35,10 @@ class Memory(Protocol):
         """Counts ``length`` tokens as passed."""
         ...
 
+    def holds(self, name: str) -> bool:
+        """Whether anything was remembered under this name."""
+        ...
+
     def recall(self, name: str) -> Tensor | None:
         """Returns what :meth:`remember` kept, (batch, tokens, …)."""
         ...
@@ -106,8 +110,9 @@ def _allowed(
     else:
         past = memory.seen
         keys, queries = memory.expect(selection)
+        is_new = keys.shape[1] == queries.shape[1] and past == 0  # fill stands behind, as it does without a cache
         is_alone = len(queries) == 1 and (queries.shape[1] == 1 or keys.shape[1] == queries.shape[1])
-        is_causal = is_alone and (window is None or past + length <= window)
+        is_causal = (is_new or is_alone) and (window is None or past + length <= window)
     if is_causal and not always:
         return None
     if memory is None:  # by order: a column of fill can be before those that run

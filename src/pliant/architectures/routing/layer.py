@@ -18,6 +18,7 @@ from pliant.architectures.base import AddedModule, LayerReport, RoutingReport
 from pliant.architectures.routing.attention import Memory, attention_arguments
 from pliant.architectures.routing.selection import (
     Selection,
+    at_least_one,
     highest,
     row_thresholds,
     selected,
@@ -28,6 +29,7 @@ from pliant.architectures.routing.selection import (
 Hidden = Float[Tensor, "batch seq d_model"]
 PerToken = Float[Tensor, "batch seq"]
 
+EPSILON = 1e-6
 MOMENTUM = 0.05
 """Weight of one training batch in the running threshold."""
 
@@ -71,6 +73,12 @@ class Router(AddedModule):
         mean = (total[0] / total[1]).to(self.threshold)
         moved = torch.where(self.threshold.isinf(), mean, self.threshold.lerp(mean, MOMENTUM))
         self.threshold.copy_(torch.where(mean.isfinite(), moved, self.threshold))
+
+
+def inverse_norm(h: Hidden) -> PerToken:
+    """Returns ``1/rms(h)`` in fp32."""
+    square = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32).square()
+    return (square / h.shape[-1] + EPSILON).rsqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,25 +203,32 @@ class RoutedLayer(nn.Module):
         runs = scores >= (router.threshold if self.capacity < 1 else -torch.inf)
         if allowed is not None:
             runs = runs & allowed
-        if self.layer_config.budget is not None and self.capacity < 1 and not self.training:
+        if self.training:
+            runs = at_least_one(runs, scores, allowed)
+        elif self.layer_config.budget is not None and self.capacity < 1:
             runs = self._afford(runs, documents, memory)
         return selected(runs)
 
     def _afford(self, runs: Bool[Tensor, "batch seq"], documents: Tensor | None, memory: Memory | None) -> Tensor:
         """Takes tokens back that are over the budget."""
         config, length = self.layer_config, runs.shape[1]
-        if documents is None:
-            documents = torch.zeros_like(runs, dtype=torch.long)
-        earlier = None if memory is None else (memory.recall("ran"), memory.recall("owners"))
-        past = 0
-        wanted, owners = runs, documents
-        if earlier is not None and earlier[0] is not None and earlier[1] is not None:
-            past = earlier[0].shape[1]
-            wanted, owners = torch.cat((earlier[0], runs), dim=1), torch.cat((earlier[1], documents), dim=1)
-        runs = within_budget(wanted, owners, most=config.most, window=config.budget_window, earlier=past)[:, -length:]
-        if memory is not None:
-            memory.remember("ran", runs, most=config.budget_window)
-            memory.remember("owners", documents, most=config.budget_window)
+        owners = torch.zeros_like(runs, dtype=torch.long) if documents is None else documents
+        if memory is None:
+            return within_budget(runs, owners, most=config.most, window=config.budget_window, earlier=0)
+        ran, past = memory.recall("ran"), memory.recall("owners")
+        memory.remember("owners", owners)
+        if ran is None or past is None:
+            ran, past = runs[:, :0], owners[:, :0]
+        behind = (past >= 0).flip(1).cumsum(1)  # tokens from there on that count
+        first = past.shape[1] - int((behind < config.budget_window).sum(1).max()) if past.shape[1] else 0
+        runs = within_budget(
+            torch.cat((ran[:, first:], runs), dim=1),
+            torch.cat((past[:, first:], owners), dim=1),
+            most=config.most,
+            window=config.budget_window,
+            earlier=past.shape[1] - first,
+        )[:, -length:]
+        memory.remember("ran", runs)
         return runs
 
     def _run(
@@ -259,12 +274,13 @@ class RoutedLayer(nn.Module):
         return new + excess[..., None].to(new.dtype) * (new - h)
 
     def _report(self, route: Route, runs: Bool[Tensor, "batch seq"], before: Hidden, after: Hidden) -> None:
-        route = replace(route, signals={**route.signals, "increment": (after - before).detach()})
+        increment = (after - before).detach()
+        route = replace(route, signals={**route.signals, "increment": increment})
         penalty = torch.zeros_like(route.scores)
         for weight, value in self.losses(route, runs).values():
             penalty = penalty + weight * value
         self.layer_report = LayerReport(
-            norm=(after - before).detach().float().norm(dim=-1),
+            norm=torch.linalg.vector_norm(increment, dim=-1, dtype=torch.float32),
             regulariser=penalty,
             routing=RoutingReport(scores=route.scores.detach(), runs=runs, gate=route.gate.detach()),
         )

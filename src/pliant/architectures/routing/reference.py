@@ -95,6 +95,9 @@ def who_runs(layer: RoutedLayer, route: RowRoute, documents: list[int]) -> list[
         is_spent = config.budget is not None and sum(s in ran for s in window) >= config.most
         if document >= 0 and route.scores[t] >= layer.router.threshold and (layer.training or not is_spent):
             ran.append(t)
+    counted = [t for t, document in enumerate(documents) if document >= 0]
+    if layer.training and counted and not ran:
+        return [max(counted, key=lambda t: float(route.scores[t].detach()))]
     return ran
 
 

@@ -27,8 +27,12 @@ class Selection:
 
     def gather(self, values: Float[Tensor, "rows seq ..."]) -> Float[Tensor, "batch k ..."]:
         """Returns the values of the selected tokens; one row of values counts for every row of the batch."""
-        values = values.expand(len(self.places), *values.shape[1:])
-        return values.gather(1, self._index(values))
+        rows, count = self.places.shape
+        if self._is_all(values.shape[1]):
+            return values.expand(rows, *values.shape[1:])
+        if len(values) == 1:
+            return values[0].index_select(0, self.places.flatten()).unflatten(0, (rows, count))
+        return values.flatten(0, 1).index_select(0, self._flat(values.shape[1])).unflatten(0, (rows, count))
 
     def scatter(
         self, values: Float[Tensor, "batch seq ..."], new: Float[Tensor, "batch k ..."]
@@ -36,16 +40,23 @@ class Selection:
         """Returns ``values`` with those of the selected tokens replaced."""
         if self.valid is not None:
             new = torch.where(self.valid.view(*self.valid.shape, *[1] * (new.ndim - 2)), new, self.gather(values))
-        return values.scatter(1, self._index(values), new)
+        if self._is_all(values.shape[1]):
+            return new
+        return values.flatten(0, 1).index_copy(0, self._flat(values.shape[1]), new.flatten(0, 1)).view_as(values)
 
     def mask(self, length: int) -> Bool[Tensor, "batch seq"]:
         """Returns which of ``length`` tokens a row run."""
         chosen = torch.ones_like(self.places, dtype=torch.bool) if self.valid is None else self.valid
         return chosen.new_zeros(len(chosen), length).scatter(1, self.places, chosen)
 
-    def _index(self, values: Tensor) -> Tensor:
-        places = self.places.view(*self.places.shape, *[1] * (values.ndim - 2))
-        return places.expand(*self.places.shape, *values.shape[2:])
+    def _is_all(self, length: int) -> bool:
+        """Whether every one of ``length`` tokens runs."""
+        return self.valid is None and self.places.shape[1] == length
+
+    def _flat(self, length: int) -> Int[Tensor, " chosen"]:
+        """The places counted through all rows."""
+        rows = torch.arange(len(self.places), device=self.places.device)
+        return (self.places + rows[:, None] * length).flatten()
 
 
 def highest(
@@ -69,12 +80,23 @@ def highest(
 def selected(runs: Bool[Tensor, "batch seq"]) -> Selection | None:
     """Returns the tokens that run; ``None`` if there are none."""
     counts = runs.sum(1)
-    most, fewest = counts.max().item(), counts.min().item()
+    fewest, most = torch.stack(counts.aminmax()).tolist()  # one wait for the device
     if not most:
         return None
     places = (~runs).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
     valid = None if most == fewest else torch.arange(most, device=runs.device) < counts[:, None]
     return Selection(places=places, valid=valid)
+
+
+def at_least_one(
+    runs: Bool[Tensor, "batch seq"], scores: Float[Tensor, "batch seq"], allowed: Bool[Tensor, "batch seq"] | None
+) -> Bool[Tensor, "batch seq"]:
+    """Lets the highest-scored token of each row run in which none does, so that every parameter has a gradient."""
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    best = torch.zeros_like(runs).scatter(1, scores.argmax(1, keepdim=True), True)
+    best = best & ~runs.any(1, keepdim=True)
+    return runs | (best if allowed is None else best & allowed)
 
 
 def within_budget(

@@ -15,7 +15,7 @@ from torch.nn import functional
 from pliant.architectures.base import AddedModule
 from pliant.architectures.routing.attention import Memory
 from pliant.architectures.routing.config import is_number
-from pliant.architectures.routing.layer import Hidden, PerToken, Router
+from pliant.architectures.routing.layer import Hidden, PerToken, Router, inverse_norm
 from pliant.errors import ConfigError
 
 WINDOW = 100
@@ -54,18 +54,20 @@ class Prior(AddedModule):
 
     def forward(self, h: Hidden) -> tuple[Hidden, Hidden | None]:
         """Returns the mean and the ``log σ²`` of the change, both in fp32."""
-        x = functional.rms_norm(h.float(), h.shape[-1:], eps=1e-6).to(h.dtype)
-        hidden = functional.silu(functional.linear(x, self.gate.to(x.dtype)))
-        hidden = hidden * functional.linear(x, self.up.to(x.dtype))  # (batch, seq, width)
-        mean = functional.linear(hidden, self.down.to(x.dtype)).float()
+        h = h.float()
+        # Divided by the norm where it is narrow: nothing as wide as h is written.
+        narrow = functional.linear(h, torch.cat((self.gate, self.up)).float()) * inverse_norm(h)[..., None]
+        gate, up = narrow.chunk(2, dim=-1)
+        hidden = functional.silu(gate) * up  # (batch, seq, width)
+        mean = functional.linear(hidden, self.down.float()).float()
         if self.log_variance is None:
             return mean, None
-        return mean, functional.linear(hidden, self.log_variance.to(x.dtype)).float()
+        return mean, functional.linear(hidden, self.log_variance.float()).float()
 
 
 def mean_square(change: Float[Tensor, "batch seq d_model"]) -> PerToken:
     """``‖change‖²/d`` in fp32."""
-    return change.float().square().mean(-1)
+    return torch.linalg.vector_norm(change, dim=-1, dtype=torch.float32).square() / change.shape[-1]
 
 
 def divergence(error: Hidden, log_variance: Hidden | None) -> PerToken:
@@ -95,15 +97,20 @@ def moving_average(
         memory: Values and documents of earlier forwards; ``None`` without a cache.
     """
     values = values.detach()
+    if documents is None and (memory is None or not memory.holds("documents")):
+        return _plain_average(values, memory)
     rows, length = values.shape
     if documents is None:
         documents = values.new_zeros(rows, length, dtype=torch.long)
     if memory is not None:
-        earlier = memory.recall("static"), memory.recall("documents")
+        earlier = memory.recall("static")
+        if memory.seen and not memory.holds("documents"):
+            memory.remember("documents", documents.new_zeros(rows, memory.seen))
+        owners = memory.recall("documents")
         memory.remember("static", values)
         memory.remember("documents", documents)
-        if earlier[0] is not None and earlier[1] is not None:
-            values, documents = torch.cat((earlier[0], values), dim=1), torch.cat((earlier[1], documents), dim=1)
+        if earlier is not None and owners is not None:
+            values, documents = torch.cat((earlier, values), dim=1), torch.cat((owners, documents), dim=1)
     counted = documents >= 0
     total = values.shape[1]
     ranks = counted.cumsum(1) - 1  # of a token among those that count
@@ -115,10 +122,28 @@ def moving_average(
     starts = torch.where(is_first, order, 0).cummax(1).values  # of each one's document
     ends = ranks[:, -length:].clamp(min=0)
     firsts = (starts.gather(1, ends) + 1).minimum(ends)
-    window = ends[..., None] - torch.arange(WINDOW, device=values.device)  # (batch, seq, window)
+    window = ends[..., None] + torch.arange(1 - WINDOW, 1, device=values.device)  # (batch, seq, window)
     present = window >= firsts[..., None]
     held = packed.gather(1, window.clamp(min=0).flatten(1)).view_as(window)
     return torch.where(present, held, 0.0).sum(-1) / present.sum(-1)
+
+
+def _plain_average(values: PerToken, memory: Memory | None) -> Float[Tensor, "batch seq"]:
+    """The moving average of rows that are one document each, without padding; its windows are added up the same way."""
+    rows, length = values.shape
+    earlier = None if memory is None else memory.recall("static")
+    if memory is not None:
+        memory.remember("static", values)
+    past = 0 if earlier is None else earlier.shape[1]
+    known = values[:, :0] if earlier is None else earlier[:, 1 - WINDOW :]
+    missing = values.new_zeros(rows, WINDOW - 1 - known.shape[1])
+    padded = torch.cat((missing, known, values), dim=1)
+    if past < WINDOW:
+        padded[:, WINDOW - 1 - past] = 0.0  # the first token, which counts for itself alone
+    sums = padded.unfold(1, WINDOW, 1).contiguous().sum(-1)
+    order = torch.arange(past, past + length, device=values.device)
+    averages = sums / order.clamp(1, WINDOW)
+    return averages if past else torch.cat((values[:, :1], averages[:, 1:]), dim=1)
 
 
 class SurpriseRouter(Router):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pliant.architectures.routing import Memory, Route, RoutedLayer
-from pliant.architectures.routing.layer import Hidden, PerToken
+from pliant.architectures.routing.layer import Hidden, PerToken, inverse_norm
 from pliant.architectures.routing.selection import highest
 from pliant.architectures.routing.surprise import INITIAL_STD, Prior, SurpriseRouter, mean_square
 from pliant.architectures.stt.config import SttConfig
@@ -39,8 +39,10 @@ class StudentRouter(SurpriseRouter):
 
     def student(self, h: Hidden, previous: Hidden) -> PerToken:
         """Returns the student's logits; the rest of the model does not feel them."""
-        pair = [functional.rms_norm(x.detach().float(), x.shape[-1:], eps=1e-6) for x in (h, previous)]
-        return functional.silu(functional.linear(torch.cat(pair, dim=-1), self.student_in)) @ self.student_out
+        halves = self.student_in.float().chunk(2, dim=1)  # of this token, and of the one before
+        pair = zip((h.detach(), previous.detach()), halves, strict=True)
+        seen = [functional.linear(x.float(), half) * inverse_norm(x)[..., None] for x, half in pair]
+        return functional.silu(seen[0] + seen[1]) @ self.student_out.float()
 
 
 class SttLayer(RoutedLayer):

@@ -85,7 +85,10 @@ def compare(
     ] = Equal.PARAMETERS,
     reference: Annotated[
         str | None,
-        typer.Option(help="Method that the others are compared with; lora by default.", rich_help_panel=SETTINGS),
+        typer.Option(
+            help="Method that the others are compared with. Default: as before in that folder, else lora.",
+            rich_help_panel=SETTINGS,
+        ),
     ] = None,
     in_context: Annotated[
         int,
@@ -243,8 +246,7 @@ def whole_number(text: str) -> int:
 
 def parse_rates(given: Sequence[str]) -> tuple[list[float], dict[str, list[float]]]:
     """``["3e-4,1e-3", "full=1e-5,3e-5"]`` as those of every method, and those of some."""
-    common: list[float] = []
-    own: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
     for text in given:
         name, equals, rest = text.partition("=")
         try:
@@ -253,8 +255,10 @@ def parse_rates(given: Sequence[str]) -> tuple[list[float], dict[str, list[float
             raise ConfigError(
                 f"--learning-rates must be numbers with commas between them, 3e-4,1e-3; got {text!r}."
             ) from None
-        if equals:
-            own[name.strip()] = values
-        else:
-            common = values
-    return common, own
+        key, whose = (name.strip(), f"of {name.strip()}") if equals else ("", "of all methods")
+        if key in rates:
+            raise ConfigError(
+                f"--learning-rates {whose} must be one list; got another one, {text!r}. Put commas between the numbers."
+            )
+        rates[key] = values
+    return rates.pop("", []), rates

@@ -32,7 +32,8 @@ def show_plan(plan: "ComparisonPlan") -> None:
     steps = recipe.training.max_steps
     length = f"epochs: {recipe.training.num_epochs:g}" if steps is None else f"{steps:,} steps"
     results.print(f"{recipe.training.objective}, {length}, batch of {recipe.training.batch_size}")
-    for warning in dict.fromkeys(warning for checked in plan.checked.values() for warning in checked.warnings):
+    of_runs = (warning for checked in plan.checked.values() for warning in checked.warnings)
+    for warning in dict.fromkeys((*plan.warnings, *of_runs)):
         notes.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     results.print("Nothing was trained. Leave out --dry-run to start.")
 
@@ -44,6 +45,8 @@ def show(found: dict[str, Any]) -> None:
         results.print("nothing measured yet")
         return
     results.print(_quality(found, rows))
+    if any(row["failed"] for row in rows.values()):
+        results.print("of some methods not every seed ended in a finite loss; their figures are of those that did")
     if any("forgetting" in row for row in rows.values()):
         results.print(_forgetting(rows))
     if found["cost"]:
@@ -90,7 +93,7 @@ def _quality(found: dict[str, Any], rows: dict[str, Any]) -> Table:
         rate = f"{own['learning_rate']:g}{'*' if own['is_at_edge'] else ''}" if "learning_rate" in own else ""
         table.add_row(
             name,
-            str(row["seeds"]),
+            f"{row['seeds']} of {row['seeds'] + row['failed']}" if row["failed"] else str(row["seeds"]),
             "" if own["rank"] is None else str(own["rank"]),
             f"{own['parameters']:,}",
             rate,

@@ -61,14 +61,22 @@ def _methods(record: Mapping[str, Any], table: Mapping[str, Any]) -> Table:
                 Number.of(number_at(own, "forgetting", "perplexity_ratio"), ".4f"),
                 Number.of(number_at(cost, "time_ratio"), ".2f"),
                 Number.of(number_at(cost, "memory_ratio"), ".2f"),
-                Number.of(number_at(own, "seeds")),
+                _seeds(own),
             ]
         )
     columns = ["method", "parameters", "loss", "± seeds", "difference", "95 % interval", "KL forgotten", "ppl ×"]
     columns += ["time ×", "memory ×", "seeds"]
     reference = at(record, "reference")
     note = f"Differences are to {reference} of the same budget; lower is better." if reference else "Lower is better."
+    if any(number_at(own, "failed") for own in table.values()):
+        note += " Of some methods not every seed ended in a finite loss; their figures are of those that did."
     return Table(title="Methods", columns=columns, rows=rows, note=note)
+
+
+def _seeds(row: Any) -> Number:
+    """How many runs ended, and of how many where some diverged."""
+    ended, failed = number_at(row, "seeds"), number_at(row, "failed")
+    return Number(text=f"{ended} of {ended + failed}", value=ended) if ended and failed else Number.of(ended)
 
 
 def _trade_offs(record: Mapping[str, Any], table: Mapping[str, Any]) -> Iterator[Chart]:

@@ -69,7 +69,7 @@ class Lora(Training):
         """Within the block projections are peft's, by path in the inner model; after it they are the old modules."""
         try:
             from peft import LoraConfig, inject_adapter_in_model
-            from peft.tuners.tuners_utils import BaseTunerLayer
+            from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
         except ImportError:
             raise EditError("LoRA needs peft, which is not installed: pip install 'pliant[peft]'.") from None
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -82,6 +82,7 @@ class Lora(Training):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 inject_adapter_in_model(config, model, ADAPTER)
+            cast_adapter_dtype(model, ADAPTER)  # to fp32, in which every editor searches
             yield {p.removeprefix("model."): m for p, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         finally:
             for path in [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:

@@ -1,7 +1,7 @@
 """MEMIT: many associations at once, spread over a range of layers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from pliant.evaluation.baselines.states import (
     settings_of,
     subject_states,
 )
-from pliant.evaluation.baselines.values import ValueSearch
+from pliant.evaluation.baselines.values import REUSED, ValueSearch
 from pliant.evaluation.editing.cases import EditCase
 from pliant.key_moments import NUM_TOKENS, KeyMoments
 from pliant.models.edits import Delta, Edit, down_proj
@@ -63,7 +63,9 @@ class Memit(ValueSearch):
         """
         if not cases:
             raise EditError("cases must hold at least one; got none. Give the facts to write.")
-        return self.write(model, tokenizer, cases, self.values(model, tokenizer, cases))
+        values, saved = self.searched(model, tokenizer, cases, self.layers(model)[-1])
+        edit = self.write(model, tokenizer, cases, values)
+        return replace(edit, details={**edit.details, REUSED: saved}) if saved else edit
 
     def layers(self, model: PreTrainedModel) -> list[int]:
         """The layers that are written to."""
@@ -76,7 +78,7 @@ class Memit(ValueSearch):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[EditCase]
     ) -> Float[Tensor, "d_model cases"]:
         """Returns δ = z − h of each case after the last layer."""
-        return self.search(model, tokenizer, cases, self.layers(model)[-1])
+        return self.searched(model, tokenizer, cases, self.layers(model)[-1])[0]
 
     def write(
         self,

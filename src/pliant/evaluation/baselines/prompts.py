@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pliant.consolidation.kept import Kept, base_of
 from pliant.errors import EditError
 from pliant.evaluation.editing.cases import EditCase
 from pliant.statistics import base_mode, evaluating, input_device
@@ -16,7 +16,7 @@ STARTS = ("The", "Therefore", "Because", "I", "You")
 TOP_K = 5
 """Prefixes are sampled from the most likely tokens only, so that they are fluent."""
 
-_PREFIXES: WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int, int], tuple[str, ...]]] = WeakKeyDictionary()
+_PREFIXES: Kept[dict[tuple[int, int, int], tuple[str, ...]]] = Kept()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def sampled_prefixes(
         length: Tokens that are sampled for each.
         seed: Of the sampling.
     """
-    known = _PREFIXES.setdefault(model, {})
+    known = _PREFIXES.at(model, base_of(model), dict)
     if (key := (count, length, seed)) not in known:
         known[key] = tuple(_sample(model, tokenizer, STARTS[i % len(STARTS)], length, seed + i) for i in range(count))
     return known[key]

@@ -42,7 +42,7 @@ class Rome(ValueSearch):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[EditCase]
     ) -> Float[Tensor, "d_model cases"]:
         """Returns δ = v* − W k of each case."""
-        return self.search(model, tokenizer, cases, layer_at(model, self.depth))
+        return self.searched(model, tokenizer, cases, layer_at(model, self.depth))[0]
 
     def write(
         self,

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pliant.consolidation.kept import Kept, base_of
 from pliant.errors import EditError
 from pliant.evaluation.baselines.prompts import Row
 from pliant.evaluation.editing.cases import EditCase
@@ -21,7 +21,7 @@ from pliant.statistics import evaluating, frozen, input_device
 ROWS = 64
 """Rows that are read at once."""
 
-_MOMENTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int], KeyMoments]] = WeakKeyDictionary()
+_MOMENTS: Kept[dict[tuple[int, int], KeyMoments]] = Kept()
 
 
 Editor = Callable[[PreTrainedModel, PreTrainedTokenizerBase, EditCase], Edit]
@@ -140,8 +140,8 @@ def subject_states(
 def moments_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[int], num_tokens: int
 ) -> dict[int, KeyMoments]:
-    """Returns the second moments of keys of ``layers`` on the default text, read once for each model."""
-    known = _MOMENTS.setdefault(model, {})
+    """Returns the second moments of keys of ``layers`` on the default text, read once for each base."""
+    known = _MOMENTS.at(model, base_of(model), dict)
     if missing := [layer for layer in layers if (layer, num_tokens) not in known]:
         for layer, moments in cached_key_moments(model, tokenizer, missing, num_tokens=num_tokens).items():
             known[layer, num_tokens] = moments

@@ -1,8 +1,9 @@
 """The value search of ROME and its successors: what must be added at the subject for the answer to follow."""
 
+import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pliant.consolidation.kept import Kept, state_of
 from pliant.evaluation.baselines.prompts import Row, case_rows, encode, sampled_prefixes
 from pliant.evaluation.baselines.states import hooks, padded, searching
 from pliant.evaluation.editing.cases import EditCase
@@ -19,6 +21,20 @@ from pliant.statistics import input_device
 
 ESSENCE = "{} is a"
 """What the model says after this about the subject should stay."""
+
+REUSED = "reused_seconds"
+"""Detail of an edit: what the search took that another editor had made before."""
+
+
+class FoundValues:
+    """What searches found, for as long as the model stays as it is: editors that differ in the write share it."""
+
+    def __init__(self) -> None:
+        self._found: Kept[dict[object, tuple[Tensor, float]]] = Kept()
+
+    def of(self, model: PreTrainedModel) -> dict[object, tuple[Tensor, float]]:
+        """Returns δ and the seconds that it took, by what was searched for."""
+        return self._found.at(model, state_of(model), dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +59,7 @@ class ValueSearch:
         prefix_length: Their length in tokens.
         cases_at_once: How many cases are searched for together; they do not influence one another.
         seed: Of the prefixes.
+        found: Where δ is looked up and kept; without one it is searched for anew.
     """
 
     steps: int = 15
@@ -56,10 +73,24 @@ class ValueSearch:
     prefix_length: int = 8
     cases_at_once: int = 8
     seed: int = 0
+    found: FoundValues | None = field(default=None, repr=False, compare=False)
 
     def prefixes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         """The prefixes, sampled from the base."""
         return sampled_prefixes(model, tokenizer, count=self.num_prefixes, length=self.prefix_length, seed=self.seed)
+
+    def searched(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[EditCase], layer: int
+    ) -> tuple[Float[Tensor, "d_model cases"], float]:
+        """Returns δ of each case at ``layer``, and the seconds that were saved because it was known."""
+        known = {} if self.found is None else self.found.of(model)
+        own = tuple(getattr(self, setting.name) for setting in fields(ValueSearch) if setting.repr)
+        if (key := (own, layer, tuple(cases))) in known:
+            return known[key]
+        start = time.perf_counter()
+        found = self.search(model, tokenizer, cases, layer)
+        known[key] = found, time.perf_counter() - start
+        return found, 0.0
 
     def search(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[EditCase], layer: int

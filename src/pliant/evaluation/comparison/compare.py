@@ -5,8 +5,8 @@ import logging
 import os
 import platform
 import shutil
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,19 +19,20 @@ from rich.console import Console
 from pliant.config import RunConfig
 from pliant.errors import ConfigError, TrainingError
 from pliant.evaluation.comparison import cost
-from pliant.evaluation.comparison.figures import chosen_rates, final_runs, summarise
+from pliant.evaluation.comparison.figures import chosen_rates, ended, final_runs, summarise
 from pliant.evaluation.comparison.measures import Yardstick, yardstick
-from pliant.evaluation.comparison.methods import FROZEN, METHODS, Contender, settings
-from pliant.evaluation.comparison.plan import METRIC, ComparisonPlan, plan_comparison
+from pliant.evaluation.comparison.methods import FROZEN, Contender, base_settings
+from pliant.evaluation.comparison.plan import METRIC, SETTINGS_FILE, ComparisonPlan, plan_comparison
 from pliant.evaluation.records import check_settings
+from pliant.models import DynamicCausalLM
 from pliant.models.staging import replaced
 from pliant.statistics import Progress
 from pliant.training import checkpoints
 from pliant.training.build import load_model
-from pliant.training.plan import compute_device_type
+from pliant.training.plan import METRICS_FILE, compute_device_type
 from pliant.training.run import train
 
-RESULT_FILE, SETTINGS_FILE = "comparison.json", "settings.json"
+RESULT_FILE = "comparison.json"
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("pliant", "torch", "transformers", "peft", "accelerate")
@@ -65,9 +66,10 @@ def compare(
             ``held_out_tokens``, ``tasks``, ``questions``.
 
     Returns:
-        What ``comparison.json`` holds: ``metric``, ``environment``, ``contenders``, ``runs``, ``base``, ``cost``, and
-        under ``summary`` what :func:`pliant.evaluation.comparison.figures.summarise` returns. ``stopped_by`` names the
-        signal that ended it early, or is ``None``.
+        What ``comparison.json`` holds: ``metric``, ``contenders``, ``runs`` (each with the ``seconds`` of its training
+        and the ``environment`` it ended in), ``base``, ``cost``, ``steps`` where time is equal, and under ``summary``
+        what :func:`pliant.evaluation.comparison.figures.summarise` returns. ``environment`` is where all began;
+        ``stopped_by`` names the signal that ended it early, or is ``None``.
 
     Raises:
         ConfigError: A setting is wrong, or the folder holds another comparison.
@@ -83,6 +85,8 @@ def compare(
         )
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(f"a comparison runs in one process; {launched} were launched. Leave accelerate launch out.")
+    for warning in plan.warnings:
+        logger.warning(warning)
     PartialState(cpu=compute_device_type() == "cpu")
     return _Comparison(plan, console=console, progress=progress).run(measure_cost=measure_cost)
 
@@ -126,6 +130,8 @@ class _Comparison:
         self._measure_base()
         if measure_cost or self.plan.equal == "time":
             self._measure_cost()
+        if self.plan.equal == "time":
+            self._settle_steps()
         if (signal := self._train_all()) is None:
             self._measure_finals()
         self.state["stopped_by"] = signal
@@ -134,22 +140,16 @@ class _Comparison:
 
     def _read(self) -> dict[str, Any]:
         if not self.file.is_file():
-            start = {"format": FORMAT, "metric": METRIC, "environment": environment(), "contenders": {}, "runs": []}
-            return {
-                **start,
-                "reference": self.plan.reference,
-                "base": None,
-                "cost": {},
-                "cost_reference": None,
-                "tokens": [],
-            }
+            start = {"format": FORMAT, "metric": METRIC, "environment": environment(), "reference": self.plan.reference}
+            empty = {"contenders": {}, "runs": [], "base": None, "cost": {}, "cost_reference": None, "tokens": []}
+            return {**start, **empty, "steps": {}}
         try:
             state = json.loads(self.file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{self.file} must be JSON; it is damaged: {error}. Choose another output.") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ConfigError(f"{self.file} must be a comparison of format {FORMAT}; it is not. Choose another output.")
-        return state
+        return {"steps": {}, **state}
 
     def _save(self) -> None:
         self.state["summary"] = summarise(self.plan, self.state)
@@ -161,14 +161,20 @@ class _Comparison:
         base = self.state["base"] or {"contender": FROZEN, "in_context": {}}
         if "nll" in base and not self.yard.unanswered(base["in_context"]):
             return
-        config = settings(self.plan.recipe, METHODS["ia3"])  # a frozen base, whatever is trained beside it
+        config = base_settings(self.plan.recipe)
         model = self.yard.base(config)
         if "nll" not in base:
-            base["nll"], self.state["tokens"] = self.yard.losses(model)
+            base["nll"], self.state["tokens"] = self.yard.losses(model, config)
             base["forgetting"] = self.yard.forgetting(model, config)
-        base["in_context"] = self.yard.in_context(model, base["in_context"], self.progress)
-        self.state["base"] = base
-        self._save()
+            self.state["base"] = base
+            self._save()
+        self._ask(model, base)
+
+    def _ask(self, model: DynamicCausalLM, run: dict[str, Any]) -> None:
+        """Puts the questions of each in-context task that ``run`` has no answers to."""
+        for task in self.yard.unanswered(run["in_context"]):
+            run["in_context"][task] = self.yard.in_context(model, task, self.progress)
+            self._save()
 
     def _measure_cost(self) -> None:
         """Step time and peak memory of every contender beside its first reference."""
@@ -188,16 +194,16 @@ class _Comparison:
         self._save()
 
     def _config(self, contender: Contender, lr: float, seed: int) -> RunConfig:
-        return self.plan.run_config(contender, lr=lr, seed=seed, steps=self._steps(contender))
+        return self.plan.run_config(contender, lr=lr, seed=seed, steps=self.state["steps"].get(contender.id))
 
-    def _steps(self, contender: Contender) -> int | None:
-        """As many steps as fit into the time of the reference, where time is equal."""
-        planned = self.plan.recipe.training.max_steps
-        known = self.state["cost"].get(contender.id)
-        if self.plan.equal != "time" or planned is None or known is None:
-            return None
-        reference = self.state["cost"][self.plan.reference_of(contender).id]
-        return max(1, round(planned * reference["time_ratio"] / known["time_ratio"]))
+    def _settle_steps(self) -> None:
+        """As many steps as fit into the time of the reference; kept, for times that are measured anew are others."""
+        planned, cost_of = self.plan.recipe.training.max_steps, self.state["cost"]
+        assert planned is not None  # the plan asks for it
+        for contender in self.plan.trained:
+            ratio = cost_of[self.plan.reference_of(contender).id]["time_ratio"] / cost_of[contender.id]["time_ratio"]
+            self.state["steps"].setdefault(contender.id, max(1, round(planned * ratio)))
+        self._save()
 
     def _train_all(self) -> str | None:
         """Every learning rate at the first seed, then the chosen one at the others; the name of a signal that came."""
@@ -228,32 +234,26 @@ class _Comparison:
         config = self._config(contender, lr, seed)
         logger.info("%s, learning rate %g, seed %d; %d of %d runs", contender.id, lr, seed, *self._progress())
         self.yard.release()
-        started = time.monotonic()
+        folder = Path(config.training.output_dir)
+        run = {**key, "environment": environment(), "folder": str(folder.relative_to(self.plan.output))}
         try:
             result = train(config, console=self.console)
         except TrainingError as error:  # a learning rate that is too high is a result, and loses to the others
             logger.warning("%s, learning rate %g, seed %d: %s", contender.id, lr, seed, error)
-            self.state["runs"].append({**key, "failed": str(error), "folder": self._folder(config)})
+            self.state["runs"].append({**run, "failed": str(error)})
             self._save()
             return None
         if result.stopped_by is not None:
             return result.stopped_by.name
-        seconds, steps, best = time.monotonic() - started, result.steps, result.best
+        steps, best = result.steps, result.best
         del result
         model = load_model(config, str(best))
-        nll, _ = self.yard.losses(model.eval())
-        self.state["runs"].append(
-            {**key, "steps": steps, "seconds": seconds, "nll": nll, "folder": self._folder(config)}
-        )
+        nll, _ = self.yard.losses(model.eval(), config)
+        self.state["runs"].append({**run, "steps": steps, "seconds": _seconds(folder), "nll": nll})
         self._save()
-        for checkpoint in Path(config.training.output_dir).glob(
-            "checkpoint-[0-9]*"
-        ):  # optimizer states; the best weights stay
+        for checkpoint in folder.glob("checkpoint-[0-9]*"):  # optimizer states; the best weights stay
             shutil.rmtree(checkpoint)
         return None
-
-    def _folder(self, config: RunConfig) -> str:
-        return str(Path(config.training.output_dir).relative_to(self.plan.output))
 
     def _progress(self) -> tuple[int, int]:
         """The number of the run that begins, and how many runs there are."""
@@ -264,19 +264,26 @@ class _Comparison:
         """What the runs at the chosen learning rates have forgotten, and what they make of a context."""
         finals = final_runs(self.plan, self.state["runs"], self.state["tokens"])
         for contender in self.plan.trained:
-            for run in finals[contender.id]:
-                known = run.get("in_context", {})
-                if "forgetting" in run and not self.yard.unanswered(known):
+            for found in ended(finals[contender.id]):
+                run = self.state["runs"][self.state["runs"].index(found)]
+                if "forgetting" in run and not self.yard.unanswered(run["in_context"]):
                     continue
                 config = self._config(contender, run["lr"], run["seed"])
                 model = load_model(config, str(self.plan.output / run["folder"] / checkpoints.BEST)).eval()
-                measured: dict[str, Any] = (
-                    {} if "forgetting" in run else {"forgetting": self.yard.forgetting(model, config)}
-                )
-                measured["in_context"] = self.yard.in_context(model, known, self.progress)
-                place = self.state["runs"].index(run)
-                self.state["runs"][place] = {**run, **measured}
-                self._save()
+                if "forgetting" not in run:
+                    run |= {"forgetting": self.yard.forgetting(model, config), "in_context": {}}
+                    self._save()
+                self._ask(model, run)
+
+
+def _seconds(folder: Path) -> float | None:
+    """The seconds of training of all sessions of a run, by its own log; nothing where that has been removed."""
+    log = folder / METRICS_FILE
+    times: list[float] = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        with suppress(ValueError):  # a killed process may have left part of a line
+            times.append(json.loads(line)["time"])
+    return max(times, default=None)
 
 
 def _described(contender: Contender) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from pliant.config.composition import compose, to_yaml
 from pliant.data import training_data
 from pliant.errors import TrainingError
 from pliant.models import DynamicCausalLM
-from pliant.training.build import build_model, tokenizer_for
+from pliant.training.build import autocast, build_model, tokenizer_for
 from pliant.training.objectives import OBJECTIVES, Student
 from pliant.training.plan import compute_device_type
 
@@ -58,7 +58,7 @@ def stepper(
     student: Student,
     batch: Mapping[str, torch.Tensor],
     *,
-    autocast: AbstractContextManager | None = None,
+    autocast: AbstractContextManager[Any] | None = None,
 ) -> Step:
     """Returns a function that takes one step of AdamW on ``batch``.
 
@@ -143,9 +143,7 @@ def prepare(config: RunConfig) -> Prepared:
         dynamic.checkpoint_activations()
     model.train()
     student = Student(wrapped=model, model=dynamic, adapted=None, teacher=None, config=training)
-    is_cast = training.trainable == "all" and training.mixed_precision == "bf16"
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if is_cast else None
-    step = stepper(training.objective, student, batch, autocast=autocast)
+    step = stepper(training.objective, student, batch, autocast=autocast(config, device))
     step()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = sum(2 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -202,7 +200,8 @@ def measure_apart(
         if finished.returncode:
             raise TrainingError(
                 f"measuring step times must end well; it ended with {finished.returncode}: "
-                f"…{finished.stderr[-SHOWN_CHARACTERS:]} Leave it out (--no-cost), or free some memory."
+                f"…{finished.stderr[-SHOWN_CHARACTERS:]} Free some memory or lower training.batch_size; "
+                "where time need not be equal, --no-cost leaves it out."
             )
         return json.loads(result.read_text(encoding="utf-8"))
 

@@ -28,27 +28,32 @@ def chosen_rates(plan: ComparisonPlan, runs: Sequence[Run], tokens: Sequence[int
     for contender in plan.trained:
         rates = plan.rates[contender.method.name]
         own = [r for r in runs if r["contender"] == contender.id and r["seed"] == plan.seeds[0] and r["lr"] in rates]
-        ended = [run for run in own if "nll" in run]
-        if len(own) < len(rates) or not ended:
+        if len(own) < len(rates) or not ended(own):
             continue
-        best = min(ended, key=lambda run: loss_of(run, tokens))["lr"]
+        best = min(ended(own), key=lambda run: loss_of(run, tokens))["lr"]
         is_at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
         found[contender.id] = {"learning_rate": best, "is_at_edge": is_at_edge}
     return found
 
 
 def final_runs(plan: ComparisonPlan, runs: Sequence[Run], tokens: Sequence[int]) -> dict[str, list[Run]]:
-    """Returns by contender the runs at the chosen learning rate, in the order of the seeds."""
+    """Returns by contender the runs at the chosen learning rate, in the order of the seeds; some may have failed."""
     found: dict[str, list[Run]] = {}
     for name, chosen in chosen_rates(plan, runs, tokens).items():
         own = [r for r in runs if r["contender"] == name and r["lr"] == chosen["learning_rate"]]
-        found[name] = sorted((r for r in own if r["seed"] in plan.seeds and "nll" in r), key=lambda run: run["seed"])
+        found[name] = sorted((r for r in own if r["seed"] in plan.seeds), key=lambda run: run["seed"])
     return found
+
+
+def ended(runs: Sequence[Run]) -> list[Run]:
+    """Returns the runs that ended in a finite loss."""
+    return [run for run in runs if "nll" in run]
 
 
 def summarise(plan: ComparisonPlan, comparison: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns by contender what its runs so far come to.
 
+    ``seeds`` is the number of runs that ended, which all else is about, and ``failed`` of those that did not.
     ``validation_loss`` and ``perplexity`` are means over seeds, with the ``deviation`` between them. ``difference`` is
     to the reference of the same budget: the mean over validation rows of what the seeds give on average, row by row,
     with a 95 % bootstrap interval over rows. ``forgetting`` has the perplexity on held-out text over that of the base,
@@ -58,10 +63,10 @@ def summarise(plan: ComparisonPlan, comparison: Mapping[str, Any]) -> dict[str, 
     finals = final_runs(plan, runs, tokens)
     table: dict[str, dict[str, Any]] = {}
     for contender in plan.contenders:
-        reference = finals.get(plan.reference_of(contender).id, [])
-        own = [base] if contender.method.name == FROZEN and base else finals.get(contender.id, [])
-        if own:
-            table[contender.id] = _row(own, reference, tokens)
+        reference = ended(finals.get(plan.reference_of(contender).id, []))
+        runs_of = [base] if contender.method.name == FROZEN and base else finals.get(contender.id, [])
+        if own := ended(runs_of):
+            table[contender.id] = {**_row(own, reference, tokens), "failed": len(runs_of) - len(own)}
             if contender.id != plan.reference_of(contender).id:
                 table[contender.id]["compared_with"] = plan.reference_of(contender).id
     return table

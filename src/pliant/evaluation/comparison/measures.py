@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pliant.config import RunConfig
-from pliant.config.sections import HALF
 from pliant.data import read_text, token_windows, training_data
 from pliant.evaluation.comparison.in_context import ContextQuestion, in_context_records, task_questions
 from pliant.evaluation.records import Record
@@ -18,7 +16,7 @@ from pliant.evaluation.retention import held_out_tokens
 from pliant.metrics import compare_to_base
 from pliant.models import DynamicCausalLM
 from pliant.statistics import Progress, evaluating, input_device
-from pliant.training.build import load_model, tokenizer_for
+from pliant.training.build import autocast, load_model, tokenizer_for
 from pliant.training.objectives import Student, evaluation_scores
 
 WINDOW = 512
@@ -47,13 +45,16 @@ class Yardstick:
     digest: str
     _bases: dict[str, DynamicCausalLM] = field(default_factory=dict)
 
-    def losses(self, model: DynamicCausalLM) -> tuple[list[float], list[int]]:
-        """Returns ``Σ −log p`` over the labelled tokens of each validation row, in nats, and how many there are."""
+    def losses(self, model: DynamicCausalLM, config: RunConfig) -> tuple[list[float], list[int]]:
+        """Returns ``Σ −log p`` over the labelled tokens of each validation row, in nats, and how many there are.
+
+        ``model`` computes as in a run of ``config``: else a loss of weights in 32 bit would be more exact than others.
+        """
         student = Student(wrapped=model, model=model, adapted=None, teacher=None, config=self.recipe.training)
         size = self.recipe.training.eval_batch_size or self.recipe.training.batch_size
         sums: list[float] = []
         counts: list[int] = []
-        with evaluating(model), self._autocast(model):
+        with evaluating(model), autocast(config, input_device(model)):
             for start in range(0, len(self.validation), size):
                 stop = min(start + size, len(self.validation))
                 batch = self.collate([self.validation[i] for i in range(start, stop)])
@@ -62,13 +63,6 @@ class Yardstick:
                 sums += scores[:, 0].double().tolist()
                 counts += [int(count) for count in labelled.tolist()]
         return sums, counts
-
-    def _autocast(self, model: DynamicCausalLM) -> AbstractContextManager[Any]:
-        """Mixed precision for weights in 32 bit, as in training: else their loss would be computed more exactly."""
-        half = HALF.get(self.recipe.training.mixed_precision)
-        if half is None or model.dtype != torch.float32:
-            return nullcontext()
-        return torch.autocast(input_device(model).type, dtype=getattr(torch, half))
 
     def forgetting(self, model: DynamicCausalLM, config: RunConfig) -> list[Record]:
         """Returns for each held-out window ``nll`` and ``base_nll`` (nats a token), ``kl`` and ``agreement``."""
@@ -92,15 +86,9 @@ class Yardstick:
         """Returns the tasks with other questions than those that ``known`` has answers to."""
         return [task for task, asked in self.questions.items() if len(known.get(task, ())) != len(asked)]
 
-    def in_context(
-        self, model: DynamicCausalLM, known: Mapping[str, list[Record]], progress: Progress | None = None
-    ) -> dict[str, list[Record]]:
-        """Returns by task a record for each question; those of ``known`` tasks are not asked again."""
-        missing = self.unanswered(known)
-        answered = {
-            task: in_context_records(model, self.tokenizer, self.questions[task], progress=progress) for task in missing
-        }
-        return {**known, **answered}
+    def in_context(self, model: DynamicCausalLM, task: str, progress: Progress | None = None) -> list[Record]:
+        """Returns a record for each question of a task."""
+        return in_context_records(model, self.tokenizer, self.questions[task], progress=progress)
 
     def base(self, config: RunConfig) -> DynamicCausalLM:
         """Returns the untouched base, held as ``config`` holds its own; the last one is kept."""

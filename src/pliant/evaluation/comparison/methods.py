@@ -7,7 +7,7 @@ from typing import Any
 from pliant.architectures.base import nearest
 from pliant.architectures.npt import FORMS
 from pliant.architectures.npt.config import CLOSED_FORMS
-from pliant.config import ModelConfig, RunConfig
+from pliant.config import ModelConfig, RunConfig, TrainingConfig
 from pliant.config.model import FORM_OPTIONS, ROUTED_OPTIONS
 from pliant.errors import ConfigError
 from pliant.models import fresh_config
@@ -57,6 +57,14 @@ METHODS: dict[str, Method] = {
 """Every method by its name."""
 
 
+SET_BY_METHODS = (
+    "model_type",
+    *(f"model.{name}" for name in ("preset", *FORM_OPTIONS, *ROUTED_OPTIONS)),
+    *(f"training.{name}" for name in ("trainable", "lora_rank", "lora_alpha", "lora_targets")),
+)
+"""Settings of a recipe that a method replaces, or does not read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """A method at a size.
@@ -103,8 +111,7 @@ def settings(recipe: RunConfig, method: Method, rank: int | None = None, **train
     Raises:
         ConfigError: The recipe does not go with the method.
     """
-    defaults = {f.name: f.default for f in fields(ModelConfig)}
-    model: dict[str, Any] = {name: defaults[name] for name in ("preset", "calibration", *FORM_OPTIONS, *ROUTED_OPTIONS)}
+    model: dict[str, Any] = {}
     if method.preset is not None:
         model |= {"preset": method.preset, "adapter_rank": rank}
         if method.preset in CLOSED_FORMS:
@@ -115,12 +122,27 @@ def settings(recipe: RunConfig, method: Method, rank: int | None = None, **train
     try:
         return RunConfig(
             model_type="dense" if method.preset is None else "npt",
-            model=replace(recipe.model, **model),
+            model=_unconverted(recipe.model, **model),
             data=replace(recipe.data),
             training=replace(recipe.training, **own),
         )
     except ConfigError as error:
         raise ConfigError(f"method {method.name}: {error}") from error
+
+
+def base_settings(recipe: RunConfig) -> RunConfig:
+    """Returns what the untouched base is held by: of the recipe only what says how, as nothing is trained."""
+    given = recipe.training
+    # Of what can be beside a frozen base without a conversion, IA3 has nothing to set.
+    training = TrainingConfig(objective=given.objective, trainable="ia3", mixed_precision=given.mixed_precision)
+    return RunConfig(model_type="dense", model=_unconverted(recipe.model), training=training)
+
+
+def _unconverted(model: ModelConfig, **own: Any) -> ModelConfig:
+    """The model section without what belongs to a conversion, but for ``own``."""
+    defaults = {f.name: f.default for f in fields(ModelConfig)}
+    names = ("preset", "calibration", *FORM_OPTIONS, *ROUTED_OPTIONS)
+    return replace(model, **{**{name: defaults[name] for name in names}, **own})
 
 
 def parameters_of(recipe: RunConfig, method: Method, rank: int | None = None) -> int | None:

@@ -3,16 +3,25 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pliant.architectures.base import nearest
 from pliant.config import RunConfig
-from pliant.config.composition import compose, flatten
+from pliant.config.composition import compose, flatten, parse_overrides
+from pliant.data import read_text
 from pliant.errors import ConfigError
 from pliant.evaluation.comparison.in_context import TASKS
-from pliant.evaluation.comparison.methods import FROZEN, Contender, contenders, method_named, settings
+from pliant.evaluation.comparison.methods import (
+    FROZEN,
+    SET_BY_METHODS,
+    Contender,
+    contenders,
+    method_named,
+    settings,
+)
+from pliant.evaluation.records import check_settings, read_settings
 from pliant.training.plan import Plan, make_plan
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -20,7 +29,7 @@ EQUAL = ("parameters", "time")
 METRIC = "validation_loss"
 """What learning rates and methods are judged by, fixed beforehand: mean −log p of the validation tokens, in nats."""
 HELD_OUT_TOKENS = 4_096
-RUNS = "runs"
+RUNS, SETTINGS_FILE = "runs", "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,7 @@ class ComparisonPlan:
         tasks: In-context tasks.
         questions: How many of each; 0 for none.
         checked: What each contender's run would do, by id; empty for the frozen base.
+        warnings: What is asked for and has no effect.
     """
 
     recipe: RunConfig
@@ -54,6 +64,7 @@ class ComparisonPlan:
     tasks: Sequence[str] = ()
     questions: int = 0
     checked: Mapping[str, Plan] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
     @property
     def trained(self) -> list[Contender]:
@@ -81,10 +92,11 @@ class ComparisonPlan:
         own = {"lr": lr, "seed": seed, "output_dir": folder, "run_name": None, "resume": True, **given}
         return settings(self.recipe, contender.method, contender.rank, **own)
 
-    def deciding(self, digest: str) -> dict[str, Any]:
+    def deciding(self, digest: str | None) -> dict[str, Any]:
         """What may not change when a comparison goes on; methods, budgets, seeds and tasks may be added."""
+        unread = (*SET_BY_METHODS, *SET_BY_RUNS, FIRST_SEED)
         return {
-            "recipe": {key: value for key, value in flatten(self.recipe).items() if key not in SET_BY_RUNS},
+            "recipe": {key: value for key, value in flatten(self.recipe).items() if key not in unread},
             "metric": METRIC,
             "reference": self.reference,
             "learning_rates_each": len(self.rates[self.reference]),
@@ -96,7 +108,8 @@ class ComparisonPlan:
         }
 
 
-SET_BY_RUNS = ("training.output_dir", "training.run_name", "training.resume", "training.lr", "training.seed")
+SET_BY_RUNS = ("training.output_dir", "training.run_name", "training.resume", "training.lr")
+FIRST_SEED = "training.seed"
 
 
 def plan_comparison(
@@ -143,12 +156,16 @@ def plan_comparison(
     for task in tasks if questions else ():
         if task not in TASKS:
             raise ConfigError(f"tasks must be among {', '.join(TASKS)}; got {task!r}.{nearest(task, tuple(TASKS))}")
+    if held_out is not None:
+        read_text(held_out)
     found = contenders(recipe, methods, budgets)
+    file = Path(output, SETTINGS_FILE)
+    before = read_settings(file) if file.is_file() else {}
     plan = ComparisonPlan(
         recipe=recipe,
         output=Path(output),
         contenders=found,
-        reference=_reference(reference, methods),
+        reference=_reference(reference, methods, before.get("reference")),
         rates=_rates(methods, learning_rates, rates_of or {}),
         seeds=[recipe.training.seed + i for i in range(seeds)],
         equal=equal,
@@ -156,7 +173,10 @@ def plan_comparison(
         held_out_tokens=held_out_tokens,
         tasks=tuple(tasks) if questions else (),
         questions=questions,
+        warnings=_without_effect(overrides),
     )
+    if before:
+        check_settings(file, plan.deciding(before.get("data")))
     lr = {name: rates[0] for name, rates in plan.rates.items()}
     checked = {c.id: make_plan(plan.run_config(c, lr=lr[c.method.name], seed=plan.seeds[0])) for c in plan.trained}
     return replace(plan, checked=checked)
@@ -177,6 +197,12 @@ def _recipe(config: RunConfig | str, overrides: Sequence[str]) -> RunConfig:
             "training.use_flash_attention=true joins the rows of a batch, and a comparison measures them one by one; "
             "set training.use_flash_attention=false."
         )
+    for name, value in asdict(training.lr_multipliers).items():
+        if value != 1:
+            raise ConfigError(
+                f"training.lr_multipliers.{name} must be 1 in a comparison, as it would change the learning rate of "
+                f"some methods only; got {value:g}. Give a method rates of its own: --learning-rates METHOD=1e-4,3e-4."
+            )
     for name, wanted, why in (
         ("checkpoint_path", None, "starts every method from model.base_model_name"),
         ("layers", None, "changes every layer with every method"),
@@ -188,13 +214,24 @@ def _recipe(config: RunConfig | str, overrides: Sequence[str]) -> RunConfig:
     return recipe
 
 
-def _reference(name: str | None, methods: Sequence[str]) -> str:
-    """The method that the others are compared with: LoRA if it is there, else the first that is trained."""
+def _without_effect(overrides: Sequence[str]) -> list[str]:
+    """Says which settings were given that a comparison does not read, as it sets them itself."""
+    rules = {
+        **dict.fromkeys(SET_BY_METHODS, "is set by each method (--methods) and its size (--budget)"),
+        **dict.fromkeys(SET_BY_RUNS, "is set by each run"),
+        "training.lr": "is set by --learning-rates",
+    }
+    keys = dict.fromkeys(override.key_or_group for override in parse_overrides(overrides))
+    return [f"{key} {rules[key]}; without effect." for key in keys if key in rules]
+
+
+def _reference(name: str | None, methods: Sequence[str], before: Any) -> str:
+    """The method that the others are compared with: the one ``before``, LoRA, or the first that is trained."""
     trained = [method for method in methods if method != FROZEN]
     if not trained:
         raise ConfigError("methods must name one that is trained; got none. Add lora, or leave methods out.")
     if name is None:
-        return "lora" if "lora" in trained else trained[0]
+        return next((method for method in (before, "lora") if method in trained), trained[0])
     if name not in trained:
         raise ConfigError(
             f"reference must be one of the methods that are trained ({', '.join(trained)}); got {name!r}."

@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pliant.architectures.base import nearest
 from pliant.consolidation import Consolidation, consolidate
+from pliant.consolidation.method import method_of
 from pliant.consolidation.queries import QUESTION
 from pliant.errors import ConfigError, EditError
 from pliant.evaluation.baselines import AlphaEdit, FineTune, KeyMemory, Lora, Memit, RandomDirection, Rome
+from pliant.evaluation.baselines.values import FoundValues
 from pliant.evaluation.editing.cases import EditCase
 from pliant.models.edits import Edit
 
@@ -94,6 +96,9 @@ EDITORS: dict[str, Callable[[], Any]] = {
 }
 """Name → a function that makes the editor."""
 
+_FOUND = FoundValues()
+"""MEMIT and AlphaEdit differ in the write alone."""
+
 
 def editor_named(name: str, *, mode: str = "single") -> Any:
     """Returns an editor for edits that stand alone, come one after another, or are made of many cases at once.
@@ -109,14 +114,21 @@ def editor_named(name: str, *, mode: str = "single") -> Any:
     if mode == "batched" and not hasattr(editor, "batch"):
         known = ", ".join(other for other, make in EDITORS.items() if hasattr(make(), "batch"))
         raise ConfigError(f"editors must be of {known} for mode='batched'; got {name!r}. Leave it out.")
+    if isinstance(editor, Memit):
+        editor = replace(editor, found=_FOUND)
     # What earlier edits wrote matters only where they stay.
     return replace(editor, memory=KeyMemory()) if mode == "sequential" and isinstance(editor, AlphaEdit) else editor
 
 
-def editor_settings(editor: Any) -> Any:
-    """Returns the settings of an editor as JSON values, without the tensors that it was given."""
+def editor_settings(editor: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Returns the settings of an editor as JSON values, without the tensors that it was given.
+
+    ``method`` says what those of :class:`Consolidation` stand for on this model.
+    """
     if is_dataclass(editor):
-        return {field.name: editor_settings(getattr(editor, field.name)) for field in fields(editor) if field.repr}
+        own = {field.name: getattr(editor, field.name) for field in fields(editor) if field.repr}
+        found = {name: editor_settings(value, model, tokenizer) for name, value in own.items()}
+        return found | ({"method": method_of(editor, model, tokenizer)} if isinstance(editor, Consolidation) else {})
     if isinstance(editor, Iterable) and not isinstance(editor, str):
         return list(editor)
     return None if callable(editor) else editor

@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pliant.architectures import added_parameters
+from pliant.architectures.base import added_buffers
 from pliant.errors import ConfigError, DataError, EditError
+from pliant.evaluation.baselines.values import REUSED
 from pliant.evaluation.editing.cases import EditCase, unique_ids
 from pliant.evaluation.editing.scores import neighbour_continuations, score_cases
 from pliant.evaluation.records import Record, Records, check_settings
@@ -102,7 +104,10 @@ class EditRun:
         return [{"id": case.id, "case": case_hash([case]), **found} for case, found in zip(cases, scores, strict=True)]
 
     def edit(self, make: Callable[[], Edit | None]) -> tuple[Edit | None, Record]:
-        """Makes an edit, puts it into the ledger, and returns it with what it took; a refused one is no error."""
+        """Makes an edit, puts it into the ledger, and returns it with what it took; a refused one is no error.
+
+        What another editor's search took, whose result was used, counts too.
+        """
         refusal = None
         start = _now(self.model)
         try:
@@ -111,7 +116,8 @@ class EditRun:
                 edit = self.model.edits.add(edit)
         except EditError as error:
             edit, refusal = None, str(error)
-        facts: Record = {"seconds": _now(self.model) - start, "edited": float(edit is not None)}
+        saved = 0.0 if edit is None else edit.details.get(REUSED, 0.0)
+        facts: Record = {"seconds": _now(self.model) - start + saved, "edited": float(edit is not None)}
         if refusal is not None:
             facts["refusal"] = refusal
         if edit is not None:
@@ -159,10 +165,11 @@ def prepare_folder(model: DynamicCausalLM, folder: str | os.PathLike) -> None:
         ConfigError: It holds those of another model.
     """
     added = [parameter.detach().flatten()[:4].float().tolist() for _, parameter in added_parameters(model)]
+    thresholds = [buffer.float().tolist() for _, buffer in added_buffers(model)]  # only routed layers have any
     own = {
         "base": digest(fingerprint(model)),
         "dtype": weight_format(model),
-        "changes": json_hash([model.config.pliant, added]) if added else None,
+        "changes": json_hash([model.config.pliant, added, *thresholds]) if added else None,
         "edits": [edit.id for edit in model.edits],
     }
     check_settings(Path(folder) / "settings.json", own)

@@ -22,6 +22,8 @@ BatchEditor = Callable[[DynamicCausalLM, PreTrainedTokenizerBase, Sequence[EditC
 """Makes one edit from several cases."""
 
 COUNTS = (1, 10, 100, 1_000)
+NO_DRIFT = {"perplexity_ratio": 1.0, "kl": 0.0}
+"""Of a model that is as it was, because the editor made no edit or it was refused."""
 
 
 def evaluate_edits(
@@ -38,7 +40,8 @@ def evaluate_edits(
 
     A record holds the measures of :func:`pliant.evaluation.editing.scores.score_cases`, ``perplexity_ratio`` and
     ``kl`` on held-out text, ``seconds`` that the edit took, ``edited`` (0.0 where the editor made none, or it was
-    refused), and the edit's own description. The unedited model's records lie in ``before.jsonl``.
+    refused; then the drift is none), and the edit's own description. The unedited model's records lie in
+    ``before.jsonl``.
 
     Args:
         model: A pliant model.
@@ -62,7 +65,7 @@ def evaluate_edits(
         else:
             with _taken_back(model):
                 edit, facts = run.edit(lambda case=case: editor(model, tokenizer, case))
-                drift = {} if edit is None else run.held_out.compare(model)
+                drift = NO_DRIFT if edit is None else run.held_out.compare(model)
                 records.append({**run.score([case])[0], **facts, **drift})
         run.report(f"Evaluating {name}", done, len(run.cases))
     return [records[case.id] for case in run.cases]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ def assemble(folder: str | os.PathLike) -> dict[str, Any]:
     sides: dict[str, dict[str, Any]] = {MODEL: {}, BASE: {}}
     tasks: dict[str, Any] = {}
     for name in sorted(path.stem for path in (root / "tasks" / MODEL).glob("*.json")):
-        own = read_json(task_file(root, name, MODEL))
+        own = _side(root, name, MODEL)
         facts = own.pop("pliant")
         _merge(sides[MODEL], own)
         base_file = task_file(root, name, BASE)
         base_records = None
         if base_file.is_file():
-            base = read_json(base_file)
+            base = _side(root, name, BASE)
             facts["base_seconds"] = base.pop("pliant")["seconds"]
             _merge(sides[BASE], base)
             base_records = _records(root, name, BASE)
@@ -58,13 +58,45 @@ def _figures(records: list[Record], base: list[Record] | None, averaged: Sequenc
     }
 
 
+def _side(folder: Path, name: str, side: str) -> dict[str, Any]:
+    """Returns what is complete of one side on a task.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    file = task_file(folder, name, side)
+    found = read_json(file)
+    facts = found.get("pliant")
+    if not isinstance(facts, dict) or not {"metrics", "seconds"} <= facts.keys():
+        raise DataError(
+            f"{file} must hold the results of task {name!r}, with metrics and seconds under pliant; it does not. "
+            "Delete it, and it is made again."
+        )
+    return found
+
+
 def _records(folder: Path, name: str, side: str) -> list[Record]:
-    """Returns a record a document, its metrics named as lm-eval names them: ``metric,filter``."""
+    """Returns a record a document, its metrics named as lm-eval names them: ``metric,filter``.
+
+    Raises:
+        DataError: The file of samples is missing, empty or damaged.
+    """
+    file = samples_file(folder, name, side)
+    again = f"Delete {task_file(folder, name, side)}, and the task is made again from the answers under requests."
+    if not file.is_file() or not file.stat().st_size:
+        raise DataError(f"{file} must hold a line for each document; it is missing or empty. {again}")
     found: dict[str, Record] = {}
-    for sample in _lines(samples_file(folder, name, side)):
-        record = found.setdefault(f"{sample['task']}-{sample['doc_id']}", {})
-        values = {metric: sample[metric] for metric in sample["metrics"]}
-        record |= {f"{metric},{sample['filter']}": value for metric, value in values.items() if is_number(value)}
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                sample = json.loads(line)
+                record = found.setdefault(f"{sample['task']}-{sample['doc_id']}", {})
+                values = {metric: sample[metric] for metric in sample["metrics"]}
+                record |= {f"{key},{sample['filter']}": value for key, value in values.items() if is_number(value)}
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{file}: line {number} must be what was made of a document; it is damaged. {again}"
+                ) from error
     return [{"id": name, **record} for name, record in found.items()]
 
 
@@ -75,14 +107,14 @@ def read_json(file: Path) -> dict[str, Any]:
         DataError: It is damaged.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file} must be JSON; it is damaged: {error}. Delete it, and it is made again.") from error
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    with open(file, encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{file} must hold results by name; it holds a {type(found).__name__}. Delete it, and it is made again."
+        )
+    return found
 
 
 def _merge(into: dict[str, Any], found: Mapping[str, Any]) -> None:

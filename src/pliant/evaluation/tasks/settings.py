@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pliant.data.embedded import package_root
 from pliant.errors import ConfigError, DataError
-from pliant.evaluation.records import check_settings
+from pliant.evaluation.records import check_settings, read_settings
 from pliant.evaluation.tasks.perplexity import NUM_TOKENS, WINDOW, check_windows
 from pliant.evaluation.tasks.results import settings_file
 from pliant.evaluation.tasks.table import PERPLEXITY, check_names, data_root, is_offline
@@ -99,10 +99,19 @@ class Benchmarks:
 
             options: dict[str, Any] = {"limit": self.limit, "num_fewshot": self.num_fewshot, "seed": self.seed}
             prepared = [prepare(name, data_dir=self.data_dir, **options) for name in self.names if name != PERPLEXITY]
-        for task in prepared:
-            if (file := settings_file(folder, task.name)).is_file():
-                check_settings(file, task.settings)
+        self._check_folder(folder, prepared)
         return prepared
+
+    def _check_folder(self, folder: Path, prepared: "list[PreparedTask]") -> None:
+        """Refuses a folder whose results, of whatever task, are of other settings: results.json names one for all."""
+        own = {settings_file(folder, task.name): task.settings for task in prepared}
+        shared: dict[str, Any] = {"limit": self.limit, "seed": self.seed}
+        if prepared:
+            shared["lm_eval"] = prepared[0].settings["lm_eval"]
+        for file in sorted((folder / "tasks").glob("*.settings.json")):
+            found = read_settings(file)
+            of_others = found | {name: value for name, value in shared.items() if name in found}
+            check_settings(file, own.get(file, of_others))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -156,6 +156,16 @@ def test_comparisons_show_quality_over_cost(page, folders):
     assert any("stopped by SIGINT" in text for text in found.texts["p"])
 
 
+def test_seeds_that_diverged_are_counted(page, folders, tmp_path):
+    record = json.loads((folders["comparison"] / "comparison.json").read_text())
+    assert "not every seed" not in " ".join(page(folders["comparison"]).texts["p"])
+    record["summary"]["v1"] |= {"seeds": 2, "failed": 1}
+    (tmp_path / "comparison.json").write_text(json.dumps(record), encoding="utf-8")
+    found = page(tmp_path / "comparison.json")
+    assert "2 of 3" in found.texts["td"]
+    assert any("not every seed ended in a finite loss" in text for text in found.texts["p"])
+
+
 def test_editing_records_become_the_figures_of_evaluate(page, folders):
     found = page(folders["editing"])
     assert "One edit at a time" in found.texts["h3"]

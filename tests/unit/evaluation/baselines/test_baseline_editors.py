@@ -1,7 +1,6 @@
 """What every baseline editor must do, and leave alone."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,9 +9,11 @@ from torch import Tensor, nn
 
 from pliant.consolidation.forward import trial
 from pliant.errors import EditError
-from pliant.evaluation.baselines import AlphaEdit, FineTune, Lora, Memit, RandomDirection, Rome, randomised
-from pliant.evaluation.baselines.prompts import case_rows
+from pliant.evaluation.baselines import AlphaEdit, FineTune, Lora, Memit, RandomDirection, Rome, randomised, states
+from pliant.evaluation.baselines.prompts import case_rows, sampled_prefixes
+from pliant.evaluation.baselines.states import moments_of
 from pliant.evaluation.baselines.training import answer_losses
+from pliant.key_moments import key_moments
 from pliant.models.edits import Delta, Edit
 
 NAMES = ("rome", "memit", "alphaedit", "finetune", "lora")
@@ -197,6 +198,31 @@ def test_lora_refuses_a_model_that_holds_adapters(make_base: Callable, tokenizer
         Lora(epochs=1)(model, tokenizer, fact)
 
 
+def test_lora_searches_in_fp32_whatever_the_model_is(
+    make_base: Callable, editor_of: Callable, tokenizer: Any, fact: Any
+):
+    model = make_base().bfloat16()
+    unedited = loss(model, tokenizer, fact)
+    edit = editor_of("lora", model)(model, tokenizer, fact)
+    assert any(not torch.equal(delta.right, delta.right.bfloat16().float()) for delta in edit.deltas.values())
+    with trial(model, edit.deltas):
+        assert loss(model, tokenizer, fact) < 0.5 * unedited
+
+
+def test_prefixes_and_statistics_are_of_the_base_as_it_is(
+    make_base: Callable, tokenizer: Any, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, options = make_base(), {"count": 2, "length": 4, "seed": 0}
+    monkeypatch.setattr(
+        states, "cached_key_moments", lambda model, _tokenizer, layers, **_: key_moments(model, calibration, layers)
+    )
+    prefixes, moments = sampled_prefixes(model, tokenizer, **options), moments_of(model, tokenizer, [1], 64)
+    assert moments_of(model, tokenizer, [1], 64)[1] is moments[1]
+    model.load_state_dict(make_base(seed=7).state_dict())
+    assert sampled_prefixes(model, tokenizer, **options) != prefixes
+    assert not torch.equal(moments_of(model, tokenizer, [1], 64)[1].moment, moments[1].moment)
+
+
 def test_the_control_is_as_large_and_seeded() -> None:
     generator = torch.Generator().manual_seed(0)
     deltas = {
@@ -234,5 +260,4 @@ def test_the_control_reads_what_the_editor_reads(
     (delta,), (found,) = edit.deltas.values(), control.deltas.values()
     assert torch.equal(delta.right, found.right)
     assert found.left.norm().item() == pytest.approx(delta.left.norm().item())
-    with suppress(KeyError):
-        assert control.details["of"]["writer"] == "rome"
+    assert control.details["of"]["writer"] == "rome"
