@@ -80,7 +80,7 @@ def test_single_edits_are_measured_and_taken_back(
         if record["id"] in "34":
             assert record["edited"] == 0.0
             assert record["log_prob"] == pytest.approx(old["log_prob"], rel=1e-4)
-            assert "perplexity_ratio" not in record
+            assert (record["perplexity_ratio"], record["kl"]) == (1.0, 0.0)
         else:
             assert record["edit"]["details"] == {"target": "context"}
             assert (record["edit"]["layers"], record["edit"]["rank"]) == ([1], 1)
