@@ -22,8 +22,8 @@ import pliant
 from pliant.data import calibration_tokens, read_text
 
 CONFIGS = {"mod": pliant.ModConfig, "dtf": pliant.DtfConfig, "stt": pliant.SttConfig}
-CAPACITIES = (0.75, 0.5, 0.25)
-CALIBRATION_TOKENS, MEASURED_TOKENS = 8_192, 8_192
+CAPACITIES = (0.75, 0.5)
+CALIBRATION_TOKENS, MEASURED_TOKENS = 32_768, 16_384
 PASSAGES = 20
 
 
@@ -61,8 +61,8 @@ def capacities(config_class: Any, arguments: argparse.Namespace) -> Iterator[dic
     tokenizer: Any = AutoTokenizer.from_pretrained(model.config._name_or_path)
     torch.manual_seed(0)  # of the routers' start
     pliant.convert(model, config_class(capacity_gamma=1.0))
-    embedded = calibration_tokens(tokenizer, num_tokens=4 * 9 * 512)  # four rounds of the nine kinds
-    places = torch.arange(len(embedded)) // 9 % 2 == 1
+    embedded = calibration_tokens(tokenizer, num_tokens=10 * 9 * 512)  # ten rounds of the nine kinds
+    places = torch.arange(len(embedded)) // 9 % 3 == 2
     domain, measured = (
         calibration_tokens(tokenizer, file, num_tokens=count)
         for file, count in ((arguments.domain, CALIBRATION_TOKENS), (arguments.text, MEASURED_TOKENS))

@@ -15,6 +15,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,10 +49,15 @@ def main() -> None:
     rows = []
     for phase in arguments.phases:
         for architecture in PHASES[phase]:
+            dtype = getattr(torch, arguments.dtype)
+            model: Any = pliant.load("smollm2-135m", dtype=dtype).to(arguments.device).eval()
+            torch.manual_seed(0)  # of the routers' start
+            pliant.convert(model, CONFIGS[architecture](capacity_gamma=1.0))
             for capacity in CAPACITIES:
                 for length in arguments.lengths:
-                    rows += list(measure(arguments, phase, architecture, capacity, length))
-                    print(rows[-1], flush=True)
+                    for found in measure(model, phase, capacity, length, arguments.rounds):
+                        rows.append({"phase": phase, "architecture": architecture, **found})
+                        print(rows[-1], flush=True)
     name = f"{NAME}-{torch.device(arguments.device).type}-{arguments.dtype}"
     file = RESULTS / f"{name}.json"
     measured = [(row["phase"], row["tokens"]) for row in rows]
@@ -63,36 +69,30 @@ def _read(file: Any) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"]
 
 
-def measure(
-    arguments: argparse.Namespace, phase: str, architecture: str, capacity: float, length: int
-) -> Iterator[dict[str, Any]]:
+def measure(model: Any, phase: str, capacity: float, length: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Yields the figures of one setting, of one and of eight rows where tokens are decoded."""
     tokens = _tokens(length)
-    model: Any = pliant.load("smollm2-135m", dtype=getattr(torch, arguments.dtype)).to(arguments.device).eval()
-    torch.manual_seed(0)  # of the routers' start
-    pliant.convert(model, CONFIGS[architecture](capacity_gamma=1.0))
-    pliant.calibrate(model, capacity, calibration=tokens)
+    pliant.calibrate(model, capacity, calibration=tokens[: 8 if phase == "decode" else 1])
     for batch in (1, 8) if phase == "decode" else (1,):
-        ids = tokens[:batch].to(arguments.device)
+        ids = tokens[:batch].to(model.device)
         run, share = {"prefill": prefill, "train": train, "decode": decode}[phase](model, ids)
-        times = paired(run, model, arguments.rounds)
+        times = paired(run, model, rounds)
         work = weight_traffic(model, share) if phase == "decode" else flops(model, length, share, phase)
         found = {
-            "phase": phase,
-            "architecture": architecture,
             "capacity": capacity,
             "measured_capacity": statistics.mean(share.values()),
             "tokens": length,
             "batch": batch,
             **times,
             "work_ratio": work,
-            "realised": (1 - times["ratio"]) / (1 - work),
+            "realised": (1 - times["ratio"]) / (1 - work) if batch == 1 else None,
         }
         if phase == "decode":
             found |= cache_bytes(model, ids)
         yield found
 
 
+@cache
 def _tokens(length: int) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(pliant.load("smollm2-135m").config._name_or_path)
     return calibration_tokens(tokenizer, num_tokens=8 * length, window=length)
@@ -100,6 +100,7 @@ def _tokens(length: int) -> torch.Tensor:
 
 def prefill(model: Any, ids: torch.Tensor) -> tuple[Callable[[], None], dict[int, float]]:
     """One forward without a cache, and the share that runs in each layer."""
+    model.eval()
 
     @torch.no_grad()
     def run() -> None:
