@@ -1,4 +1,4 @@
-"""Claim: what a model scores does not depend on how many requests lm-eval hands it at once.
+"""Claim: how many requests lm-eval hands a model at once changes its scores by rounding alone.
 
 The embedded base, fp32, as it is, converted (keyed at rank 192) and routed (γ = 0.5, every other layer, thresholds set,
 routers as conversion leaves them): the log-likelihoods of the same requests at batch sizes 1, 4, 8 and 16, the largest

@@ -56,17 +56,15 @@ def main() -> None:
             for capacity in CAPACITIES:
                 for length in arguments.lengths:
                     for found in measure(model, phase, capacity, length, arguments.rounds):
-                        rows.append({"phase": phase, "architecture": architecture, **found})
+                        rows.append({"phase": phase, "architecture": architecture, "rounds": arguments.rounds, **found})
                         print(rows[-1], flush=True)
     name = f"{NAME}-{torch.device(arguments.device).type}-{arguments.dtype}"
     file = RESULTS / f"{name}.json"
     measured = [(row["phase"], row["tokens"]) for row in rows]
-    kept = [] if not file.exists() else [row for row in _read(file) if (row["phase"], row["tokens"]) not in measured]
-    save(name, {"environment": environment(arguments.device), "rounds": arguments.rounds, "rows": kept + rows})
-
-
-def _read(file: Any) -> list[dict[str, Any]]:
-    return json.loads(file.read_text())["rows"]
+    stored = json.loads(file.read_text()) if file.exists() else {"rows": [], "commands": []}
+    kept = [row for row in stored["rows"] if (row["phase"], row["tokens"]) not in measured]
+    found = {"environment": environment(arguments.device), "rows": kept + rows}
+    save(name, {**found, "commands": stored["commands"]})
 
 
 def measure(model: Any, phase: str, capacity: float, length: int, rounds: int) -> Iterator[dict[str, Any]]:
