@@ -4,7 +4,7 @@ Every other layer of the base is routed; each round times the routed model and t
 in random order. `realised` is the share of the saved FLOPs (prefill, training) or of the saved weight traffic (decode
 of one row) that shows as time: (1 − time ratio) / (1 − work ratio). Thresholds are calibrated on the very tokens that
 are read, so that the share that runs is the one asked for; decoding feeds the tokens of a text one by one, and counts
-what ran. Keys and values are counted in bytes, as they lie in the cache.
+what ran; at eight rows there is only the time. Keys and values are counted in bytes, as they lie in the cache.
 
 Usage: python benchmarks/routed_speed.py [--phases prefill train decode] [--rounds 8] [--dtype float32]
 """

@@ -18,7 +18,8 @@ HEAD = """\
 
 Every figure below was measured by a script in `benchmarks/` and lies in `benchmarks/results/`, with the command, the
 hardware and the versions that it was measured with; `python scripts/results_page.py` writes this page from those files.
-"Base" is the embedded SmolLM2-135M. Intervals are 95 % bootstrap intervals.
+Commands of figures that are older than their recording are put together from the settings stored with them. "Base" is
+the embedded SmolLM2-135M. Intervals are 95 % bootstrap intervals.
 
 Some commands read files that are not part of pliant: `wikitext-2/*.txt` is WikiText-2 split into words, as in
 `word_language_model` of [pytorch/examples](https://github.com/pytorch/examples); `counterfact-2000.json` and

@@ -62,7 +62,6 @@ def _check(model: PreTrainedModel, wanted: Mapping[int, NptConfig]) -> None:
                 f"form 'keyed_pre' reads the bias of gate and up; that of layer {index} is offloaded. Use 'keyed', or "
                 "keep the layer on a device."
             )
-
     if any(config.has_closed_form and config.allocation == "sensitivity" for config in wanted.values()):
         check_gradients(model)
 

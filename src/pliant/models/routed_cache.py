@@ -27,7 +27,7 @@ AllKeys = Float[Tensor, "batch heads width head_dim"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class Remembered:
     """What a router remembers of the last tokens.
 
     Attributes:
@@ -72,7 +72,7 @@ class RoutedCacheLayer(DynamicLayer):
         self.seen = 0
         self.columns: Columns | None = None
         self._is_ragged = False
-        self._state: dict[str, Kept] = {}
+        self._state: dict[str, Remembered] = {}
         self._expected: Expected | None = None
 
     @property
@@ -128,7 +128,8 @@ class RoutedCacheLayer(DynamicLayer):
         kept = values if before is None else torch.cat((before.values, values), dim=1)
         if most is not None:
             kept = kept[:, -(most + KEPT_BACK) :]
-        self._state[name] = Kept(values=kept, seen=(0 if before is None else before.seen) + values.shape[1], most=most)
+        seen = (0 if before is None else before.seen) + values.shape[1]
+        self._state[name] = Remembered(values=kept, seen=seen, most=most)
 
     def update(
         self, key_states: KeyStates, value_states: KeyStates, *args: Any, **kwargs: Any
