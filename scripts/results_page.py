@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from results_pictures import draw_ablation
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 PAGE = ROOT / "docs" / "results.md"
+PICTURES = ROOT / "docs" / "images"
 WIDTH = 110
 HEAD = """\
 # Results
@@ -289,17 +292,58 @@ def _memory(results: Results) -> Iterator[Table]:
     yield ("", ""), rows
 
 
+EDITED = {
+    "score": "S",
+    "efficacy": "efficacy",
+    "paraphrase": "paraphrase",
+    "neighbourhood": "neighbourhood",
+    "exact": "exact",
+    "exact_paraphrase": "exact, rephrased",
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "perplexity_ratio": "perplexity ratio",
+}
+"""Measure of an edit → its heading."""
+
+
 def _editing(results: Results) -> Iterator[Table]:
-    shown = ("score", "efficacy", "paraphrase", "neighbourhood", "exact", "exact_paraphrase", "perplexity_ratio")
-    for result in results.values():
-        yield (result["notes"],), []
+    for file, result in results.items():
+        yield (f"**{' '.join(file.split('-')[1:])}**: {result['notes']}",), []
         for run, measured in result["runs"].items():
+            parts = measured.get("counts", [measured])
+            edited = [(name, own, part.get("count")) for part in parts for name, own in part["editors"].items()]
+            shown = [key for key in EDITED if any(key in own for _, own, _ in edited)]
+            if "score" in shown or "exact_match" in shown:
+                shown = [key for key in shown if key != "accuracy"]
+            names = [name if count is None else f"{name}, {count} edits" for name, _, count in edited]
             rows = [
                 (name, own["records"], *(spread(own.get(key)) for key in shown))
-                for name, own in measured["editors"].items()
+                for name, (_, own, _) in zip(names, edited, strict=True)
             ]
-            headings = ("S", "efficacy", "paraphrase", "neighbourhood", "exact", "exact, rephrased", "perplexity ratio")
-            yield (run, "cases", *headings), rows
+            yield (run, "cases", *(EDITED[key] for key in shown)), rows
+
+
+def _ablation(results: Results) -> Iterator[Table]:
+    rows = results["editing-ablation"]["rows"]
+    shown = ("score", "efficacy", "paraphrase", "neighbourhood", "exact", "exact_paraphrase", "kl")
+    yield (
+        ("choice", *(EDITED.get(key, "KL, nats") for key in shown), "S over its reference", "seconds"),
+        [
+            (
+                f"{row['factor']}: {row['value']}",
+                spread(row["score"]),
+                *(row[key]["value"] for key in shown[1:]),
+                spread(row.get("difference")),
+                row["seconds"]["value"],
+            )
+            for row in rows
+        ],
+    )
+    file = PICTURES / "editing-ablation.svg"
+    if "--check" not in sys.argv[1:]:
+        draw_ablation(rows, file)
+    yield (f"![S of every variant, with its interval and its parts]({file.relative_to(PAGE.parent)})",), []
 
 
 def _baselines(results: Results) -> Iterator[Table]:
@@ -432,7 +476,8 @@ SECTIONS: dict[str, Section] = {
     "from_scratch.py": ("from-scratch-*.json", _from_scratch),
     "nf4_training.py": ("nf4-training.json", _nf4),
     "resume.py": ("resume.json", _resume),
-    "editing.py": ("editing-counterfact*.json", _editing),
+    "editing.py": ("editing-[csz]*.json", _editing),
+    "editing_ablation.py": ("editing-ablation.json", _ablation),
     "editing_baselines.py": ("editing-baselines-search.json", _baselines),
     "routed_capacity.py": ("routed-capacity.json", _routed_capacity),
     "routed_speed.py": ("routed-speed-*.json", _routed_speed),

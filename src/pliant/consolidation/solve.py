@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -156,34 +156,36 @@ class Solver:
 
     def _subject_values(self, problem: Problem, layer: int) -> tuple[Float[Tensor, "facts d_model"], int]:
         """Returns what to add to the subjects' states after ``layer``, and how many facts needed gradients for it."""
-        values, optimised = [], 0
+        target, values, optimised = self._searched_target(), [], 0
         for start in range(0, problem.facts, FACTS_AT_ONCE):
             part = problem.part(start, start + FACTS_AT_ONCE)
             stage = SubjectStage(self.model, part, layer, self.fill)
-            value, log_p = stage.strongest(self._answer_change(part, layer), self.settings.enough)
-            wanted = self._to_optimise(stage.named, log_p.cpu())
+            if target == "optimised":
+                value, wanted = torch.zeros_like(stage.state), stage.named
+            else:
+                value, log_p = stage.strongest(self._answer_change(part, layer), self.settings.enough)
+                wanted = stage.named & (log_p.cpu() < self.settings.enough) & (target == "auto")
             if wanted.any():
-                value = stage.search(value, wanted)
+                value = torch.where(wanted.to(value.device)[:, None], stage.search(wanted).to(value), value)
             values.append(value.cpu())
             optimised += int(wanted.sum())
         return torch.cat(values), optimised
 
-    def _to_optimise(self, named: Bool[Tensor, " facts"], log_p: Float[Tensor, " facts"]) -> Bool[Tensor, " facts"]:
-        """Which facts need gradients.
+    def _searched_target(self) -> str:
+        """Returns the target, which without gradients is ``unembedding`` in the place of ``auto``.
 
         Raises:
-            EditError: They are asked for, and the model's weights let none through.
+            EditError: Gradients are asked for, and the model's weights let none through.
         """
         target = self.settings.target
-        packed = getattr(self.model, "is_quantized", False) and self.model.device.type == "cpu"
-        if target == "optimised" and packed:
+        if not getattr(self.model, "is_quantized", False) or self.model.device.type != "cpu":
+            return target
+        if target == "optimised":
             raise EditError(
                 "target must be 'unembedding' or 'context' for a quantised model on a CPU, whose kernels give no "
                 "gradients; got 'optimised'. Choose one of these, or load the model without quantization_config."
             )
-        if target == "unembedding" or packed:
-            return torch.zeros_like(named)
-        return named if target == "optimised" else named & (log_p < self.settings.enough)
+        return "unembedding" if target == "auto" else target
 
     @torch.no_grad()
     def _answer_change(self, problem: Problem, layer: int) -> Float[Tensor, "facts d_model"]:

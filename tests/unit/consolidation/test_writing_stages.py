@@ -150,7 +150,7 @@ def test_the_strongest_change_is_the_likeliest_that_was_tried(model: Any, proble
 def test_the_search_makes_the_answers_likelier(model: Any, problem: Problem):
     stage = SubjectStage(model, problem, 0, 0)
     before = stage.log_p(torch.zeros(3, 32))
-    found = stage.search(torch.zeros(3, 32), torch.tensor([True, True, False]))
+    found = stage.search(torch.tensor([True, True, False]))
     after = stage.log_p(found)
     assert not found.requires_grad
     assert (after[:2] > before[:2] + 1).all(), (before, after)
@@ -162,34 +162,27 @@ def test_the_search_makes_the_answers_likelier(model: Any, problem: Problem):
 
 @pytest.mark.parametrize("wanted", [[True, False, False], [False, True, False]])
 def test_only_the_wanted_facts_are_searched(wanted: list[bool], model: Any, problem: Problem):
-    stage, start = SubjectStage(model, problem, 0, 0), directions()
-    found = stage.search(start, torch.tensor(wanted))
-    for fact, wants in enumerate(wanted):
-        assert torch.equal(found[fact], start[fact]) != wants
+    stage = SubjectStage(model, problem, 0, 0)
+    found = stage.search(torch.tensor(wanted))
+    assert found.any(dim=1).tolist() == wanted
     moved = wanted.index(True)
-    assert stage.log_p(found)[moved] > stage.log_p(start)[moved]
-
-
-def test_a_search_never_ends_below_its_start(model: Any, problem: Problem):
-    stage, start = SubjectStage(model, problem, 0, 0), 3 * directions(5)
-    found = stage.search(start, torch.tensor([True, True, False]))
-    assert (stage.log_p(found)[:2] >= stage.log_p(start)[:2]).all()
+    assert stage.log_p(found)[moved] > stage.log_p(torch.zeros(3, 32))[moved]
 
 
 def test_facts_do_not_change_each_others_search(model: Any, problem: Problem):
     wanted = torch.tensor([True, True, False])
-    together = SubjectStage(model, problem, 0, 0).search(torch.zeros(3, 32), wanted)
+    together = SubjectStage(model, problem, 0, 0).search(wanted)
     part = problem.part(1, 2)
     assert [row.fact for row in part.rows] == [0]
     assert part.facts == 1
-    alone = SubjectStage(model, part, 0, 0).search(torch.zeros(1, 32), wanted[1:2])
+    alone = SubjectStage(model, part, 0, 0).search(wanted[1:2])
     torch.testing.assert_close(alone[0], together[1], rtol=1e-2, atol=1e-2)
 
 
 def test_a_search_that_is_written_holds(model: Any, problem: Problem, moments: dict[int, KeyMoments]):
     part = problem.part(1, 2)
     stage = SubjectStage(model, part, 0, 0)
-    value = stage.search(torch.zeros(1, 32), torch.tensor([True]))
+    value = stage.search(torch.tensor([True]))
     deltas = written(model, part, [0], SubjectGoal(part, value), moments, writer="normalised")
     with trial(model, deltas):
         now = SubjectStage(model, part, 0, 0)
@@ -203,7 +196,7 @@ def test_every_step_of_the_search_is_looked_at(model: Any, problem: Problem, mon
     monkeypatch.setattr(stages, "ENOUGH", -1.0)  # out of reach
     monkeypatch.setattr(stage, "log_p", lambda values: looks.append(values) or log_p(values))
     monkeypatch.setattr(torch.autograd, "grad", lambda *args: steps.append(args) or grad(*args))
-    stage.search(torch.zeros(3, 32), stage.named)
+    stage.search(stage.named)
     assert (len(looks), len(steps)) == (stages.STEPS + 1, stages.STEPS)
 
 

@@ -36,7 +36,6 @@ class Lora(Training):
     targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     depths: tuple[float, float] = (0.07, 0.23)
     epochs: int = 12
-    stop_below: float = 0.5
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: EditCase) -> Edit:
         """Returns the edit for one case."""
