@@ -85,6 +85,9 @@ def test_a_resumed_run_equals_the_unbroken_one(
     ):
         assert torch.equal(expected, found), name
     assert whole.model.config.pliant == resumed.model.config.pliant
+    later = configure("whole", **{**options, "capacity_anneal_fraction": 0.25}, resume=True)
+    with pytest.raises(ConfigError, match=r"training.capacity_anneal_fraction must be what .*0\.5; got 0\.25"):
+        train(later)
 
 
 def test_schedules_lower_the_capacity_raise_the_gate_and_end_by_the_threshold(

@@ -16,6 +16,7 @@ from transformers import TrainingArguments, set_seed
 
 from pliant.config import RunConfig
 from pliant.config.composition import compose, flatten, to_yaml
+from pliant.config.sections import ROUTING_SCHEDULES
 from pliant.data import TrainingData, training_data
 from pliant.errors import ConfigError
 from pliant.training import checkpoints
@@ -31,6 +32,7 @@ DECIDING = (
     *("model_type", "model.", "data.", "training.objective", "training.stages", "training.layerwise_fraction"),
     *("training.trainable", "training.lora_", "training.seed", "training.mixed_precision"),
     *("training.kl_weight", "training.hidden_", "training.use_regular", "training.regularization_lambda"),
+    *(f"training.{name}" for name in ROUTING_SCHEDULES),
 )
 """Settings that a resumed run may not change."""
 PROBE_ROWS, PROBE_TOKENS = 2, 128
