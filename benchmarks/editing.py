@@ -25,12 +25,15 @@ from transformers import AutoTokenizer
 import pliant
 from pliant.cli.console import progress_display
 from pliant.cli.evaluate.command import show
-from pliant.evaluation.editing.editors import EDITORS
+from pliant.consolidation.forward import trial
+from pliant.data import read_text, token_windows
+from pliant.evaluation.editing.editors import EDITORS, editor_named
 from pliant.evaluation.editing.figures import ENDS, MODES, report, run_name
 from pliant.evaluation.records import read_settings
 from pliant.evaluation.suites import cases_of, evaluate
 
 SUITES = {"counterfact": "counterfact", "zsre": "zsre", "squad": "squad_closed_book"}
+WORST_TOKENS = 12_288
 NOTES = {
     "counterfact": "CounterFact in EasyEdit's form: one paraphrase and one neighbour a record, where the original has "
     "two and ten. S is not to be read beside published ones. Pliant's editors hold the same prompt about other "
@@ -50,6 +53,7 @@ MEASURES = {
     "perplexity_ratio, kl": "to the untouched model, on 512 tokens of held-out text",
     "recovered_of_in_context": "share of the gap between the untouched model and the context in view",
     "recovered_of_auto": "of `made`, whose queries the model makes: share of the gain of `auto`, which is given them",
+    "worst_on_text": "the edits with the largest perplexity ratios, made again and measured on 12,288 tokens of a text",
     "needed_gradients": "share of edits in which a search by gradient took part; the baselines' always need them",
 }
 
@@ -64,6 +68,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=MODES, default="single")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100, 1_000], help="edits, but for single")
     parser.add_argument("--entropy", action="store_true", help="measure the generation entropy too; slow")
+    parser.add_argument("--worst", type=Path, help="a text to measure the worst single edits of --editors on again")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -71,6 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     suite = SUITES[arguments.suite]
     folder = arguments.work / arguments.suite / Path(arguments.model).name / arguments.dtype
+    worst: dict[str, Any] = {}
     shared: dict[str, Any] = {"mode": arguments.mode, "counts": arguments.counts}
     if arguments.editors:
         model = pliant.load(arguments.model, dtype=getattr(torch, arguments.dtype), device_map=arguments.device).eval()
@@ -78,10 +84,29 @@ def main() -> None:
         chosen = {name: getattr(arguments, name) for name in ("data", "records", "start", "entropy")}
         with progress_display() as progress:
             evaluate(model, tokenizer, suite, arguments.editors, output=folder, progress=progress, **chosen, **shared)
-    write(arguments, folder)
+        if arguments.worst:
+            worst = worst_edits(model, tokenizer, arguments, folder)
+    write(arguments, folder, worst)
 
 
-def write(arguments: argparse.Namespace, folder: Path) -> None:
+def worst_edits(model: Any, tokenizer: Any, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Perplexity on a text, over the unedited model's, of each editor's worst edits; by editor and case."""
+    tokens = token_windows([read_text(arguments.worst)], tokenizer, num_tokens=WORST_TOKENS)
+    before = pliant.perplexity(model, tokens)
+    cases = cases_of(SUITES[arguments.suite], arguments.data, start=arguments.start, records=arguments.records)
+    by_id, found = {case.id: case for case in cases}, report(folder, cases)["editors"]
+    ratios: dict[str, Any] = {}
+    for name in arguments.editors:
+        editor, ids = editor_named(name), [part["id"] for part in found[name].get("worst_perplexity", [])]
+        ratios[name] = {}
+        for case in ids:
+            with trial(model, editor(model, tokenizer, by_id[case]).deltas):
+                ratios[name][case] = pliant.perplexity(model, tokens) / before
+        print(name, ratios[name], flush=True)
+    return ratios
+
+
+def write(arguments: argparse.Namespace, folder: Path, worst: dict[str, Any]) -> None:
     """Shows the figures of all records in ``folder``, and merges them into the result of this suite and mode.
 
     Runs of other machines and dtypes stay there, as do editors whose records lie elsewhere.
@@ -111,6 +136,8 @@ def write(arguments: argparse.Namespace, folder: Path) -> None:
         "environments": {editor: {"environment": own} for editor, own in {**known, **ran}.items()},
         **merged(old, found),
     }
+    if worst := {**old.get("worst_on_text", {}), **worst}:
+        run["worst_on_text"] = worst
     found = {"notes": NOTES[arguments.suite], "measures": MEASURES, "runs": {**runs, key: run}}
     save(name, {**found, "commands": stored["commands"]})
 
