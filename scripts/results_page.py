@@ -346,6 +346,31 @@ def _ablation(results: Results) -> Iterator[Table]:
     yield (f"![S of every variant, with its interval and its parts]({file.relative_to(PAGE.parent)})",), []
 
 
+def _edited_models(results: Results) -> Iterator[Table]:
+    result = results["edited-models"]
+    rows = [
+        (
+            row["model"],
+            f"{row['answered']} of 3",
+            way,
+            found["class"],
+            f"{found['equal_texts']} of {len(row['answers'])}",
+            found["largest_logit_difference"],
+            row["reverted_equals_before"],
+        )
+        for row in result["saved"]
+        for way, found in row.items()
+        if isinstance(found, dict)
+    ]
+    headings = ("read again", "class", "equal texts", "largest logit difference", "texts as before once reverted")
+    yield ("model", "answers the facts", *headings), rows
+    decode = result["decode"]
+    yield (
+        ("edits", "layers", "their factors in fp32", "time of decoding over that without"),
+        [(decode["edits"], str(decode["layers"]), mebibytes(decode["ledger_bytes"]), spread(decode, "ratio"))],
+    )
+
+
 def _baselines(results: Results) -> Iterator[Table]:
     methods = results["editing-baselines-search"]["methods"].items()
     rows = []
@@ -478,6 +503,7 @@ SECTIONS: dict[str, Section] = {
     "resume.py": ("resume.json", _resume),
     "editing.py": ("editing-[csz]*.json", _editing),
     "editing_ablation.py": ("editing-ablation.json", _ablation),
+    "edited_models.py": ("edited-models.json", _edited_models),
     "editing_baselines.py": ("editing-baselines-search.json", _baselines),
     "routed_capacity.py": ("routed-capacity.json", _routed_capacity),
     "routed_speed.py": ("routed-speed-*.json", _routed_speed),

@@ -519,6 +519,14 @@ def test_it_works_where_gradients_are_off(
     assert greedy(model, speaker, QUERY, ANSWER) == ANSWER
 
 
+def test_a_model_of_inference_tensors_is_refused(make_model: Callable[..., Any], learn: Callable[..., Any]):
+    with torch.inference_mode():
+        model = make_model()
+    with pytest.raises(EditError, match=r"loaded and converted outside of torch.inference_mode"):
+        learn(model)
+    assert not list(model.edits)
+
+
 def test_random_numbers_of_the_caller_stay(make_model: Callable[..., Any], learn: Callable[..., Any]):
     model = make_model()
     torch.manual_seed(5)

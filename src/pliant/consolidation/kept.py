@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from pliant.errors import EditError
 from pliant.models import DynamicCausalLM
 from pliant.models.checkpoint import digest, fingerprint
 from pliant.models.ledger import EditHook
@@ -33,8 +34,18 @@ def base_of(model: PreTrainedModel) -> str:
 
 
 def state_of(model: PreTrainedModel) -> object:
-    """Returns what decides what a model computes; equal until a weight, a threshold, an edit or a switch changes."""
-    tensors = [(id(tensor), tensor._version) for tensor in (*model.parameters(), *model.buffers())]
+    """Returns what decides what a model computes; equal until a weight, a threshold, an edit or a switch changes.
+
+    Raises:
+        EditError: The model has inference tensors, whose changes cannot be seen.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_inference() for tensor in held):
+        raise EditError(
+            "the model must be loaded and converted outside of torch.inference_mode, whose tensors do not tell of "
+            "their changes; some of its tensors were made in it. Load it again under torch.no_grad or no mode at all."
+        )
+    tensors = [(id(tensor), tensor._version) for tensor in held]
     switches = [(getattr(module, "active", None), module.training) for module in model.modules()]
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
     edited = [hook.active for hook in hooks if isinstance(hook, EditHook)]
