@@ -371,6 +371,28 @@ def _edited_models(results: Results) -> Iterator[Table]:
     )
 
 
+def _named_facts(results: Results) -> Iterator[Table]:
+    result = results["named-facts"]
+    rows = [
+        (row["model"], *(f"{row['answered'][when]} of 4" for when in ("before", "after", "loaded")), row["after"]["chat"])
+        for row in result["learned"]
+    ]
+    yield ("model", "answered before", "after", "from disk", "in chat, after"), rows
+    yield (
+        ("preset, as converted", "answers from what is in view", "after its own write of the fact, α 0.05"),
+        [
+            (
+                row["preset"],
+                row["uses_what_is_in_view"],
+                None
+                if "answered" not in row
+                else f"{row['answered']} of 4 answered, texts {'the same' if row['unchanged_by_writing'] else 'differ'}",
+            )
+            for row in result["presets"]
+        ],
+    )
+
+
 def _baselines(results: Results) -> Iterator[Table]:
     methods = results["editing-baselines-search"]["methods"].items()
     rows = []
@@ -504,6 +526,7 @@ SECTIONS: dict[str, Section] = {
     "editing.py": ("editing-[csz]*.json", _editing),
     "editing_ablation.py": ("editing-ablation.json", _ablation),
     "edited_models.py": ("edited-models.json", _edited_models),
+    "named_facts.py": ("named-facts.json", _named_facts),
     "editing_baselines.py": ("editing-baselines-search.json", _baselines),
     "routed_capacity.py": ("routed-capacity.json", _routed_capacity),
     "routed_speed.py": ("routed-speed-*.json", _routed_speed),
