@@ -373,20 +373,25 @@ def _edited_models(results: Results) -> Iterator[Table]:
 
 def _named_facts(results: Results) -> Iterator[Table]:
     result = results["named-facts"]
-    rows = [
-        (row["model"], *(f"{row['answered'][when]} of 4" for when in ("before", "after", "loaded")), row["after"]["chat"])
-        for row in result["learned"]
-    ]
-    yield ("model", "answered before", "after", "from disk", "in chat, after"), rows
+    times = ("before", "after", "loaded")
+    answered = [(row, [f"{row['answered'][when]} of 4" for when in times]) for row in result["learned"]]
     yield (
-        ("preset, as converted", "answers from what is in view", "after its own write of the fact, α 0.05"),
+        ("model", "answered before", "after", "from disk", "in chat, after"),
+        [(row["model"], *shares, row["after"]["chat"]) for row, shares in answered],
+    )
+    yield (
+        (
+            "preset, as converted",
+            "answers from what is in view",
+            "answers after its own write, α 0.05",
+            "texts changed",
+        ),
         [
             (
                 row["preset"],
                 row["uses_what_is_in_view"],
-                None
-                if "answered" not in row
-                else f"{row['answered']} of 4 answered, texts {'the same' if row['unchanged_by_writing'] else 'differ'}",
+                f"{row['answered']} of 4" if "answered" in row else None,
+                not row["unchanged_by_writing"] if "answered" in row else None,
             )
             for row in result["presets"]
         ],

@@ -113,11 +113,26 @@ def test_sensitivities_are_not_measured_where_the_base_has_no_gradient(folder: P
     repacks = model.model.layers[0].mlp.down_proj.support_avx512bf16_for_cpu
     calibration = torch.randint(2, 97, (12, 16), generator=torch.Generator().manual_seed(0))
     if repacks:
-        with pytest.raises(ConfigError, match="allocation must be 'uniform' over an NF4 base on this processor"):
+        with pytest.raises(ConfigError, match="allocation must be 'uniform' over an NF4 base that transformers loaded"):
             pliant.convert(model, form, calibration=calibration)
         assert not hasattr(model, "dynamic_layers")
-    else:
-        pliant.convert(model, form, calibration=calibration)
+    loaded = pliant.load(folder, quantization_config=BitsAndBytesConfig(**QUANTISATIONS["nf4"]), dtype=torch.float32)
+    assert pliant.convert(loaded, form, calibration=calibration).dynamic_layers
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_nf4_model_is_saved_as_it_is_after_a_forward(
+    nested: bool, make_base: Callable, prompt: Tensor, tmp_path: Path
+) -> None:
+    make_base("qwen2", hidden_size=128, intermediate_size=192).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(**QUANTISATIONS["nf4"], bnb_4bit_use_double_quant=nested)
+    model = pliant.load(tmp_path / "base", quantization_config=config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(prompt).logits
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(model(prompt).logits, expected)
+        assert torch.equal(pliant.load(tmp_path / "saved", dtype=torch.float32).eval()(prompt).logits, expected)
 
 
 @needs_bitsandbytes

@@ -30,6 +30,7 @@ from pliant.errors import EditError
 from pliant.key_moments import KeyMoments
 from pliant.models import DynamicCausalLM
 from pliant.models.edits import Delta
+from pliant.models.quantised import without_gradient
 
 FACTS_AT_ONCE = 64
 """Facts whose subjects are looked at together."""
@@ -178,12 +179,12 @@ class Solver:
             EditError: Gradients are asked for, and the model's weights let none through.
         """
         target = self.settings.target
-        if not getattr(self.model, "is_quantized", False) or self.model.device.type != "cpu":
+        if without_gradient(self.model) is None:
             return target
         if target == "optimised":
             raise EditError(
-                "target must be 'unembedding' or 'context' for a quantised model on a CPU, whose kernels give no "
-                "gradients; got 'optimised'. Choose one of these, or load the model without quantization_config."
+                "target must be 'unembedding' or 'context' for a model whose quantised layers pass no gradient on, "
+                "as int8 on a CPU; got 'optimised'. Choose one of these, or load the model without quantization_config."
             )
         return "unembedding" if target == "auto" else target
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from pliant.conversion.closed_form import Spectrum
 from pliant.errors import ConfigError
+from pliant.models.quantised import repacking
 from pliant.statistics import Progress, base_mode, evaluating, input_device
 
 CHUNK = 32
@@ -31,14 +32,12 @@ def check_gradients(model: PreTrainedModel) -> None:
 
     On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights for inference, and drops their gradient.
     """
-    for name, module in model.named_modules():
-        repacks = vars(module).get("support_avx512bf16_for_cpu", False)
-        if repacks and next(module.parameters()).device.type == "cpu":
-            raise ConfigError(
-                "allocation must be 'uniform' over an NF4 base on this processor, where bitsandbytes leaves no "
-                f"gradient to measure sensitivities with ({name}); got 'sensitivity'. Convert the plain base, save a "
-                "delta, and load that over the NF4 base."
-            )
+    if (name := repacking(model)) is not None:
+        raise ConfigError(
+            "allocation must be 'uniform' over an NF4 base that transformers loaded on this processor, where "
+            f"bitsandbytes leaves no gradient to measure sensitivities with ({name}); got 'sensitivity'. Load it with "
+            "pliant.load."
+        )
 
 
 def share_ranks(

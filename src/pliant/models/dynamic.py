@@ -18,6 +18,7 @@ from pliant.models import checkpoint as files
 from pliant.models import ledger_file
 from pliant.models.consolidate_weights import Positions, consolidate_weights
 from pliant.models.ledger import Ledger
+from pliant.models.quantised import keep_packing
 from pliant.models.report import ModelReport, record
 from pliant.models.routed_cache import prepare_cache, token_documents
 from pliant.models.selection import Layers, select_layers
@@ -354,6 +355,8 @@ class DynamicCausalLM(_StartValues):
             loaded = files.load_delta(cls, name, delta, *args, **options)
         else:
             loaded = files.load_strictly(super().from_pretrained, name, *args, **options)
+        model = loaded[0] if has_info else loaded
+        keep_packing(model)
         if ledger is not None:
-            ledger_file.load_ledger(loaded[0] if has_info else loaded, ledger)
+            ledger_file.load_ledger(model, ledger)
         return loaded

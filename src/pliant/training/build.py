@@ -185,9 +185,8 @@ def load_model(config: RunConfig, name: str) -> DynamicCausalLM:
     if training.use_flash_attention:
         given["attn_implementation"] = FLASH_ATTENTION
     model: Any = load(name, **given)
-    if options.quantization != "none":
-        _keep_packing(model)
-    elif options.device_map is None and not is_sharded():  # FSDP takes it there, piece by piece
+    is_placed = options.quantization != "none" or options.device_map is not None
+    if not is_placed and not is_sharded():  # FSDP takes it there, piece by piece
         model.to(_device())
     return model
 
@@ -198,15 +197,6 @@ def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-
-
-def _keep_packing(model: DynamicCausalLM) -> None:
-    """Keeps bitsandbytes from repacking weights for inference on a CPU, after which they have no gradient."""
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _adapted(config: RunConfig, *, resumed: bool) -> Any:
