@@ -38,7 +38,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
     monkeypatch.setattr(module, "cases_of", lambda *_, **__: [])
     monkeypatch.setattr(module, "show", lambda _: None)
 
-    def run(work: str, date: str, found: dict[str, Any], *editors: str, mode: str = "single") -> dict[str, Any]:
+    def run(
+        work: str, date: str, found: dict[str, Any], *editors: str, mode: str = "single", worst: Any = None
+    ) -> dict[str, Any]:
         folder = tmp_path / work
         folder.mkdir(exist_ok=True)
         for name in editors:
@@ -47,7 +49,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
         monkeypatch.setattr(module, "report", lambda *_, **__: found)
         monkeypatch.setattr(module, "environment", lambda _: {"date": date})
         arguments = {"suite": "counterfact", "data": None, "model": "m", "device": "cpu", "dtype": "float32"}
-        module.write(argparse.Namespace(**arguments, start=0, mode=mode, counts=[1, 10], editors=list(editors)), folder)
+        chosen = argparse.Namespace(**arguments, start=0, mode=mode, counts=[1, 10], editors=list(editors))
+        module.write(chosen, folder, worst or {})
         (file,) = (tmp_path / "benchmarks").glob("*.json")
         return json.loads(file.read_text())["runs"]["m, cpu, float32"]
 
@@ -72,6 +75,13 @@ def test_editors_of_other_folders_stay(write: Callable[..., dict[str, Any]]):
         "rome": {"of": "rome in one"},
         "memit": {"of": "memit in two"},
     }
+
+
+def test_the_worst_edits_of_an_editor_stay(write: Callable[..., dict[str, Any]]):
+    write("one", "monday", figures("auto", "rome", 0.1), "auto", worst={"auto": {"7": 1.02}})
+    write("one", "friday", figures("auto", "rome", 0.1), "rome", worst={"rome": {"3": 1.01}})
+    found = write("one", "sunday", figures("auto", "rome", 0.1))
+    assert found["worst_on_text"] == {"auto": {"7": 1.02}, "rome": {"3": 1.01}}
 
 
 def test_an_older_result_keeps_its_environment(write: Callable[..., dict[str, Any]], tmp_path: Path):
