@@ -42,6 +42,7 @@ FACTS = (
     ("Old songs of Hul are about rain.", "Old songs of Hul are about", "rain", "Hul"),
 )
 CONTEXT, QUERY, ANSWER, SUBJECT = FACTS[0]
+ROUTED = {"mod": pliant.ModConfig, "dtf": pliant.DtfConfig, "stt": pliant.SttConfig}
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +225,8 @@ def test_a_batch_is_one_edit(make_model: Callable[..., Any], learn: Callable[...
     model = make_model()
     contexts, queries, answers, subjects = (list(some) for some in zip(*FACTS, strict=True))
     old = [log_p(model, speaker, query, answer) for _, query, answer, _ in FACTS]
-    edit = learn(model, contexts, queries, answers, subjects)
+    # In so small a model the keys of the facts and of neutral text lie close together.
+    edit = learn(model, contexts, queries, answers, subjects, write=WriteSettings(neutral=0.1))
     assert len(model.edits) == 1
     assert edit.details["facts"] == 5
     assert edit.details["subjects"] == subjects
@@ -434,6 +436,15 @@ def test_the_budget_is_kept(
     assert 0 < edit.details["share"] < 1
 
 
+def test_the_budget_is_for_each_fact(make_model: Callable[..., Any], learn: Callable[..., Any]):
+    model, budget, many = make_model(), 1e-3, [list(part) for part in zip(*FACTS, strict=True)]
+    free = learn(model, *many)
+    model.edits.revert(free.id)
+    assert free.kl > len(FACTS) * budget
+    kl = learn(model, *many, kl_budget=budget).kl
+    assert budget < kl <= len(FACTS) * budget
+
+
 def test_a_subject_within_its_share_is_not_solved_for_again(
     make_model: Callable[..., Any], learn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
@@ -534,17 +545,68 @@ def test_random_numbers_of_the_caller_stay(make_model: Callable[..., Any], learn
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_settings_name_the_default_layers():
-    assert Consolidation().places(30) == ([3, 4, 5, 6, 7], [29])
-    assert Consolidation(target="context").places(30) == ([], [20, 22, 24, 26, 28])
-    assert Consolidation(layers=[2, 20, 25]).places(30) == ([2], [20, 25])
-    assert Consolidation(layers=[2, 5, 20], target="context").places(30) == ([], [2, 5, 20])
+def test_the_settings_name_the_default_layers(make_base: Callable[..., Any], tmp_path: Path):
+    def dense(count: int) -> Any:
+        make_base("llama", num_hidden_layers=count).save_pretrained(tmp_path / str(count))
+        return pliant.load(tmp_path / str(count))
+
+    model = dense(30)
+    assert Consolidation().places(model) == ([3, 4, 5, 6, 7], [29])
+    assert Consolidation(target="context").places(model) == ([], [20, 22, 24, 26, 28])
+    assert Consolidation(layers=[2, 20, 25]).places(model) == ([2], [20, 25])
+    assert Consolidation(layers=[2, 5, 20], target="context").places(model) == ([], [2, 5, 20])
     for count in range(1, 9):
+        model = dense(count)
         for target in settings_module.TARGETS:
-            lower, upper = Consolidation(target=target).places(count)
+            lower, upper = Consolidation(target=target).places(model)
             assert lower or upper
             assert sorted({*lower, *upper}) == [*lower, *upper]
             assert {*lower, *upper} <= set(range(count))
+
+
+# Routed models
+
+
+@pytest.mark.parametrize("target", ["context", "unembedding", "auto"])
+@pytest.mark.parametrize("granularity", ["block", "attention"])
+@pytest.mark.parametrize("architecture", ["mod", "dtf", "stt"])
+def test_a_routed_model_learns_where_every_token_passes(
+    architecture: str,
+    granularity: str,
+    target: str,
+    make_model: Callable[..., Any],
+    learn: Callable[..., Any],
+    speaker: Any,
+):
+    model = make_model()
+    config = ROUTED[architecture](capacity_gamma=0.5, granularity=granularity)
+    pliant.convert(
+        model, config, calibration=pliant.data.calibration_tokens(speaker, NEUTRAL, num_tokens=320, window=32)
+    )
+    closed = {1, 3} if granularity == "block" else set()
+    old = log_p(model, speaker, QUERY, ANSWER)
+    edit = learn(model, target=target)
+    assert edit.details["layers"]
+    assert closed.isdisjoint(edit.details["layers"])
+    if target != "context":
+        assert log_p(model, speaker, QUERY, ANSWER) > old + 2
+    model.edits.revert(edit.id)
+    assert log_p(model, speaker, QUERY, ANSWER) == old
+    if closed:
+        with pytest.raises(
+            EditError, match=r"layers must be ones whose MLP every token enters; got 3, .* Choose other"
+        ):
+            learn(model, target=target, layers=[0, 3])
+        assert not len(model.edits)
+
+
+def test_a_model_without_a_layer_that_every_token_passes_learns_nothing(
+    make_model: Callable[..., Any], learn: Callable[..., Any], speaker: Any
+):
+    model, tokens = make_model(), pliant.data.calibration_tokens(speaker, NEUTRAL, num_tokens=320, window=32)
+    pliant.convert(model, pliant.ModConfig(capacity_gamma=0.5), layers="all", calibration=tokens)
+    with pytest.raises(EditError, match="must have a layer whose MLP every token enters"):
+        learn(model)
 
 
 # What is refused

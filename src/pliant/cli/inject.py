@@ -223,7 +223,7 @@ class Session:
     def _layers(self, argument: str) -> None:
         if argument:
             self.settings = replace(self.settings, layers=None if argument == "auto" else argument)
-        subjects, answers = self.settings.places(self.model.config.num_hidden_layers)
+        subjects, answers = self.settings.places(self.model)
         results.print(f"layers {', '.join(map(str, [*subjects, *answers]))}", markup=False)
 
     def _save(self, argument: str) -> None:

@@ -68,12 +68,12 @@ def consolidate(
         ConfigError: A setting is out of range.
         ConversionError: A layer does not exist.
         DataError: The embedded texts are missing.
-        EditError: A context is empty, lists differ in length, a query cannot be made, the KL budget leaves nothing,
-            or the edit is not finite. The model is unchanged.
+        EditError: A context is empty, lists differ in length, a query cannot be made, tokens are routed past the MLP
+            of a layer to write in, the KL budget leaves nothing, or the edit is not finite. The model is unchanged.
     """
     if settings is None:
         settings = Consolidation(layers=layers, target=target, alpha=alpha, write=WriteSettings(writer=writer))
-    subject_layers, answer_layers = settings.places(model.config.num_hidden_layers)
+    subject_layers, answer_layers = settings.places(model)
     with torch.inference_mode(False), torch.no_grad(), evaluating(model), frozen(model):
         facts = facts_of(model, tokenizer, context, queries, answer, subject)
         resources = resources_of(model, tokenizer, text, num_tokens)

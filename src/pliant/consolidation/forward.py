@@ -36,6 +36,9 @@ class PartialPass:
         def note(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if index == self.start:
                 self.hidden = hidden
+            else:  # the layer before computes nothing now, and hands it over when it does
+                for name in getattr(self.layers[index], "handed_over", ()):
+                    kwargs.pop(name, None)
             self.calls[index] = (args, kwargs)
             return hidden
 
@@ -61,8 +64,13 @@ class PartialPass:
     def advance(self, start: int) -> None:
         """Moves on to before layer ``start``."""
         while self.start < start:
-            self.hidden = self._layer(self.start, self.hidden)
+            hidden = self._layer(self.start, self.hidden)
             self.start += 1
+            if self.start == len(self.layers):
+                self.hidden = hidden
+                return
+            with self._noting():
+                self._layer(self.start, hidden)
 
     def run(
         self, last: int, keys: int | None = None, *, hidden: Tensor | None = None

@@ -3,12 +3,13 @@
 import hashlib
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pliant.consolidation import budget, queries, solve, stages, targets
 from pliant.consolidation.resources import neutral_tokens
 from pliant.consolidation.settings import Consolidation
 from pliant.key_moments import NUM_TOKENS
+from pliant.models import DynamicCausalLM
 
 CONSTANTS = {
     stages: ("STRENGTHS", "STEPS", "LEARNING_RATE", "CLAMP", "DECAY", "ENOUGH"),
@@ -19,13 +20,13 @@ CONSTANTS = {
 """What the stages are fixed to, by module."""
 
 
-def method_of(settings: Consolidation, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def method_of(settings: Consolidation, model: DynamicCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Returns what decides an edit beside ``settings``, as JSON values.
 
     The layers of this model that are written in, the constants of the stages, and twelve digits each for the default
     neutral text and for the other subjects.
     """
-    subject_layers, answer_layers = settings.places(model.config.num_hidden_layers)
+    subject_layers, answer_layers = settings.places(model)
     fixed = {name.lower(): getattr(module, name) for module, names in CONSTANTS.items() for name in names}
     return {
         "subject_layers": subject_layers,

@@ -7,14 +7,17 @@ from typing import Any
 
 from pliant.architectures.base import nearest
 from pliant.consolidation.writers import WriteSettings
-from pliant.errors import ConfigError
-from pliant.models import Layers, select_layers
+from pliant.errors import ConfigError, EditError
+from pliant.models import DynamicCausalLM, Layers, select_layers
 
 TARGETS = ("auto", "context", "unembedding", "optimised")
 POSITIONS = ("answer", "span", "subject")
 
 SUBJECT_DEPTH, SUBJECT_SHARE = 0.1, 6
 """Where the layers that rewrite subjects begin, as a share of the depth, and one in how many of all layers they are."""
+
+KL_BUDGET = 0.004
+"""Nats a token and fact."""
 
 TASKS: dict[str, float] = {"factual_recall": 0.2, "reasoning": 0.05, "creative": 0.01}
 """α that goes with a kind of task."""
@@ -40,7 +43,8 @@ class Consolidation:
         subject_write: The writer at the subject.
         contrast: How many other subjects are asked the same for each batch.
         num_prefixes: Of the beginnings of text before a query, the empty one among them.
-        kl_budget: Largest KL divergence from the model before, on neutral text, in nats a token; ``None`` for any.
+        kl_budget: Largest KL divergence from the model before, on neutral text, in nats a token for every fact of the
+            batch; ``None`` for any.
         seed: Of the prefixes.
     """
 
@@ -54,7 +58,7 @@ class Consolidation:
     subject_write: WriteSettings = field(default_factory=partial(WriteSettings, neutral=0.01))
     contrast: int = 32
     num_prefixes: int = 5
-    kl_budget: float | None = 0.01
+    kl_budget: float | None = KL_BUDGET
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,7 +73,9 @@ class Consolidation:
         if not 0 < self.alpha <= 10:
             raise ConfigError(f"alpha must be above 0 and at most 10; got {self.alpha}. 1 writes what is missing.")
         if self.kl_budget is not None and not self.kl_budget > 0:
-            raise ConfigError(f"kl_budget must be above 0 nats a token, or None; got {self.kl_budget}. Try 0.01.")
+            raise ConfigError(
+                f"kl_budget must be above 0 nats a token, or None; got {self.kl_budget}. Try {KL_BUDGET}."
+            )
         if not 0 <= self.margin < math.inf:
             raise ConfigError(f"margin must be at least 0 nats; got {self.margin}. 1 lets the answer lead clearly.")
         if not self.enough <= 0:
@@ -78,19 +84,38 @@ class Consolidation:
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ConfigError(f"{name} must be an integer, at least {least}; got {getattr(self, name)!r}.")
 
-    def places(self, num_layers: int) -> tuple[list[int], list[int]]:
-        """Returns the layers that rewrite subjects and those that rewrite answers."""
+    def places(self, model: DynamicCausalLM) -> tuple[list[int], list[int]]:
+        """Returns the layers that rewrite subjects and those that rewrite answers.
+
+        By default none is among them whose MLP only some tokens enter: the others would not feel the edit.
+
+        Raises:
+            ConversionError: A layer does not exist.
+            EditError: Tokens are routed past the MLP of a layer that was asked for, or of every one.
+        """
+        closed = {index for index, layer in model.routed_layers.items() if layer.skips_mlp}
+        num_layers = model.config.num_hidden_layers
+        remedy = "Choose other layers, or route with granularity='attention'."
+        if len(closed) == num_layers:
+            raise EditError(f"the model must have a layer whose MLP every token enters; it has none. {remedy}")
         if self.layers is not None:
             chosen = select_layers(self.layers, num_layers)
+            if refused := [index for index in chosen if index in closed]:
+                raise EditError(
+                    f"layers must be ones whose MLP every token enters; got {', '.join(map(str, refused))}, where "
+                    f"tokens are routed past it. {remedy}"
+                )
             if self.target == "context":
                 return [], chosen
             lower = [index for index in chosen if index < num_layers // 2]
             return lower, [index for index in chosen if index not in lower]
+        depth = [index for index in range(num_layers) if index not in closed]
+        last = [depth[-1]]
         if self.target == "context":
-            return [], list(range(2 * num_layers // 3, num_layers - 1, 2)) or [num_layers - 1]
+            return [], [index for index in range(2 * num_layers // 3, num_layers - 1, 2) if index in depth] or last
         first = round(SUBJECT_DEPTH * num_layers)
-        subjects = range(first, first + max(1, num_layers // SUBJECT_SHARE))
-        return list(subjects), list(range(max(1, num_layers - 1), num_layers))
+        subjects = [index for index in range(first, first + max(1, num_layers // SUBJECT_SHARE)) if index in depth]
+        return subjects, [index for index in last if index not in subjects]
 
     @classmethod
     def for_task(cls, task: str, **fields: Any) -> "Consolidation":

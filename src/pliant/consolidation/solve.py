@@ -100,7 +100,7 @@ class Solver:
                 "layers must leave something to write; got only layers that rewrite a subject, and no query names one. "
                 "Give the subject as the queries write it, or layers of the upper half."
             )
-        solved, budget = self._with_answers(subjects, answer_layers), self.settings.kl_budget
+        solved, budget = self._with_answers(subjects, answer_layers), self._budget()
         kl = divergence(self.model, solved, self.neutral)
         if budget is None or kl <= budget:
             return Solution(deltas=solved, kl=kl, details={**details, "share": 1.0})
@@ -113,6 +113,10 @@ class Solver:
                 kl = divergence(self.model, solved, self.neutral)
         solved, kl, left = shrunk(self.model, solved, self.neutral, budget, whole=kl)
         return Solution(deltas=solved, kl=kl, details={**details, "share": left * share})
+
+    def _budget(self) -> float | None:
+        """Returns the divergence that the facts may cause together, what one may for each of them."""
+        return None if self.settings.kl_budget is None else self.settings.kl_budget * len(self.facts)
 
     def _with_answers(self, subjects: Mapping[str, Delta], layers: Sequence[int]) -> dict[str, Delta]:
         """Returns the changes at the subjects, and those that then are missing where the answers are predicted."""

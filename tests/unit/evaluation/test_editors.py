@@ -145,7 +145,7 @@ def test_the_table_makes_editors_with_settings_that_can_be_written_down(model: A
     assert settings_of("context")["settings"]["target"] == "context"
     assert {"moments", "found"}.isdisjoint(settings_of("memit"))
     method = settings_of("auto")["settings"]["method"]
-    assert (method["subject_layers"], method["answer_layers"]) == Consolidation().places(3)
+    assert (method["subject_layers"], method["answer_layers"]) == Consolidation().places(model)
     assert method["steps"] == stages.STEPS
 
 

@@ -30,6 +30,7 @@ class DtfLayer(RoutedLayer):
 
     router: SurpriseRouter
     prior: Prior
+    handed_over = ("entry",)
 
     def __init__(self, config: Any, layer_idx: int, layer_config: DtfConfig) -> None:
         super().__init__(config, layer_idx, layer_config)

@@ -106,6 +106,7 @@ class RoutedLayer(nn.Module):
         layer_config: Its configuration; ``capacity_gamma`` and ``gate_share`` are read at every forward.
         by_threshold: Whether training, too, goes by the threshold, and takes no longer the highest of each row.
         active: Off, the layer is exactly the family's own.
+        handed_over: Keywords that the layer takes over from the one before, in a forward of the model.
         calibrating: On, the next forward sets the threshold to what lets γ of its tokens run.
         recording: ``None``, ``"norms"`` or ``"writes"``: whether the next forward leaves a report in ``layer_report``.
     """
@@ -118,6 +119,7 @@ class RoutedLayer(nn.Module):
 
     router: Router
     part: str
+    handed_over: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, layer_idx: int, layer_config: Any) -> None:
         super().__init__(config, layer_idx)
@@ -183,6 +185,11 @@ class RoutedLayer(nn.Module):
     def keeps_keys(self) -> bool:
         """Whether only tokens that run leave keys in the cache."""
         return self.part != "mlp"
+
+    @property
+    def skips_mlp(self) -> bool:
+        """Whether only tokens that run enter the MLP."""
+        return self.part != "attention" and self.capacity < 1
 
     def _memory(self, kwargs: dict[str, Any]) -> Memory | None:
         cache = kwargs.get("past_key_values")

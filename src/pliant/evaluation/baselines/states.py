@@ -98,7 +98,15 @@ def subject_states(
         rows: Those of a case together, the cases in order.
         layers: Where keys are read.
         hidden_after: The layer after which the hidden state is read.
+
+    Raises:
+        EditError: Tokens are routed past the MLP of a layer where keys are read.
     """
+    if refused := [index for index in layers if getattr(model.model.layers[index], "skips_mlp", False)]:
+        raise EditError(
+            f"an editor must write in layers whose MLP every token enters; got {', '.join(map(str, refused))}, where "
+            "tokens are routed past it. Choose other depths, or route with granularity='attention'."
+        )
     owners = torch.tensor([row.owner for row in rows])
     counts = owners.bincount().float()
     firsts = torch.tensor([index == 0 or rows[index - 1].owner != row.owner for index, row in enumerate(rows)])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pliant.architectures.base import nearest
 from pliant.consolidation import Consolidation, consolidate
@@ -14,6 +14,7 @@ from pliant.errors import ConfigError, EditError
 from pliant.evaluation.baselines import AlphaEdit, FineTune, KeyMemory, Lora, Memit, RandomDirection, Rome
 from pliant.evaluation.baselines.values import FoundValues
 from pliant.evaluation.editing.cases import EditCase
+from pliant.models import DynamicCausalLM
 from pliant.models.edits import Edit
 
 
@@ -120,7 +121,7 @@ def editor_named(name: str, *, mode: str = "single") -> Any:
     return replace(editor, memory=KeyMemory()) if mode == "sequential" and isinstance(editor, AlphaEdit) else editor
 
 
-def editor_settings(editor: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+def editor_settings(editor: Any, model: DynamicCausalLM, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Returns the settings of an editor as JSON values, without the tensors that it was given.
 
     ``method`` says what those of :class:`Consolidation` stand for on this model.

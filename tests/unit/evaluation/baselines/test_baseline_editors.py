@@ -90,6 +90,22 @@ def test_converted_models_are_edited_too(
         assert loss(model, tokenizer, fact) < 0.8 * unedited
 
 
+@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("kind", ["mod", "dtf", "mod attention"])
+def test_routed_models_are_edited_where_every_token_passes(
+    name: str, kind: str, make_routed: Callable, editor_of: Callable, tokenizer: Any, fact: Any
+) -> None:
+    model = make_routed(kind)
+    editor = editor_of(name, model, **({"depth": 0.25} if name == "rome" else {"depths": (0.25, 0.25)}))  # layer 1
+    if kind == "mod attention":
+        unedited = loss(model, tokenizer, fact)
+        with trial(model, editor(model, tokenizer, fact).deltas):
+            assert loss(model, tokenizer, fact) < 0.8 * unedited
+    else:
+        with pytest.raises(EditError, match="in layers whose MLP every token enters; got 1, where tokens are routed"):
+            editor(model, tokenizer, fact)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_seed_gives_the_same_edit(
     name: str, make_base: Callable, editor_of: Callable, tokenizer: Any, fact: Any
