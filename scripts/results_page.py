@@ -371,6 +371,18 @@ def _edited_models(results: Results) -> Iterator[Table]:
     )
 
 
+def _editing_time(results: Results) -> Iterator[Table]:
+    result = results["editing-time"]
+    yield (
+        (f"facts, {result['batch']} in one solve where batched", "seconds a fact", "times as fast as ROME"),
+        [(row["way"], row["seconds"], spread(row["times_as_fast_as_rome"])) for row in result["rows"]],
+    )
+    yield (
+        ("statistics for", "layers", "tokens", "seconds, once for a base"),
+        [(row["target"], str(row["layers"]), row["tokens"], row["seconds"]) for row in result["statistics"]],
+    )
+
+
 def _named_facts(results: Results) -> Iterator[Table]:
     result = results["named-facts"]
     times = ("before", "after", "loaded")
@@ -532,6 +544,7 @@ SECTIONS: dict[str, Section] = {
     "editing_ablation.py": ("editing-ablation.json", _ablation),
     "edited_models.py": ("edited-models.json", _edited_models),
     "named_facts.py": ("named-facts.json", _named_facts),
+    "editing_time.py": ("editing-time.json", _editing_time),
     "editing_baselines.py": ("editing-baselines-search.json", _baselines),
     "routed_capacity.py": ("routed-capacity.json", _routed_capacity),
     "routed_speed.py": ("routed-speed-*.json", _routed_speed),

@@ -197,6 +197,22 @@ def make_routed(make_base: MakeBase, randomise: Callable[..., PreTrainedModel]) 
     return make
 
 
+@pytest.fixture(params=[*FORMS, *ROUTED_KINDS])
+def dynamic_kind(request: pytest.FixtureRequest) -> str:
+    """Each form of plastic layer and each variant of routed layer in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_dynamic(
+    make_converted: Callable[..., PreTrainedModel], make_routed: Callable[..., PreTrainedModel]
+) -> Callable[..., PreTrainedModel]:
+    """A function that makes a tiny base and gives it dynamic layers of any kind, with random added parameters."""
+    return lambda kind, *args, **options: (make_routed if kind in ROUTED_KINDS else make_converted)(
+        kind, *args, **options
+    )
+
+
 @pytest.fixture(scope="session")
 def checkpoint_activations() -> Callable[..., None]:
     """A function that turns gradient checkpointing on, by the name it has in this version."""

@@ -1,7 +1,6 @@
-"""What a form computes does not depend on how tokens are fed: cached, padded, batched, drafted."""
+"""What a dynamic model computes does not depend on how tokens are fed: cached, padded, batched, drafted."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -10,22 +9,12 @@ from transformers import PreTrainedModel
 
 TOLERANCE = 1e-5
 """Largest difference over largest logit, fp32: the same sums, grouped otherwise."""
-NEW_TOKENS = 7
+NEW_TOKENS = 9
 
 
 def positions_of(mask: Tensor) -> Tensor:
     """Positions as ``generate`` counts them: padding on the left takes none."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-def token_by_token(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits with each token fed alone, from a cache."""
-    cache, rows = None, []
-    for position in range(tokens.shape[1]):
-        out = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(out.logits)
-    return torch.cat(rows, dim=1)
 
 
 def in_chunks(model: PreTrainedModel, tokens: Tensor, *sizes: int) -> Tensor:
@@ -47,8 +36,8 @@ def uncached_greedy(model: PreTrainedModel, tokens: Tensor, steps: int = NEW_TOK
 
 
 @pytest.fixture
-def model(form: str, family: str, make_converted: Callable) -> PreTrainedModel:
-    return make_converted(form, family)
+def model(dynamic_kind: str, family: str, make_dynamic: Callable) -> PreTrainedModel:
+    return make_dynamic(dynamic_kind, family)
 
 
 @pytest.mark.parametrize("detail", ["bare", "reported"])
@@ -57,7 +46,7 @@ def test_logits_are_the_same_however_the_tokens_are_fed(
     model: PreTrainedModel, detail: str, prompt: Tensor, largest_difference: Callable
 ) -> None:
     expected = model(prompt, use_cache=False).logits
-    pads = 4
+    pads, singly = 4, [1] * (prompt.shape[1] - 1)
     padded = torch.cat([torch.zeros_like(prompt[:, :pads]), prompt], dim=1)
     mask = (torch.arange(padded.shape[1]) >= pads).long().expand_as(padded)
     short = prompt.clone()  # the second row is shorter, padded on the left
@@ -69,10 +58,12 @@ def test_logits_are_the_same_however_the_tokens_are_fed(
         left = model(padded, attention_mask=mask, position_ids=positions_of(mask)).logits
         mixed = model(short, attention_mask=short_mask, position_ids=positions_of(short_mask)).logits
         return {
-            "token by token": (token_by_token(model, prompt), expected),
+            "at once, with a cache": (in_chunks(model, prompt), expected),
+            "token by token": (in_chunks(model, prompt, *singly), expected),
             "two chunks": (in_chunks(model, prompt, 6), expected),
             "three chunks": (in_chunks(model, prompt, 1, 7), expected),
             "alone": (torch.cat([model(row[None]).logits for row in prompt]), expected),
+            "alone, token by token": (torch.cat([in_chunks(model, row[None], *singly) for row in prompt]), expected),
             "left-padded": (left[:, pads:], expected),
             "beside a shorter row": (mixed[0], expected[0]),
             "shorter row": (mixed[1, pads:], expected[1, :-pads]),
@@ -87,16 +78,18 @@ def test_logits_are_the_same_however_the_tokens_are_fed(
         assert largest_difference(logits, wanted) < TOLERANCE, way
 
 
-@pytest.mark.parametrize("implementation", ["dynamic", "static"])
-def test_generate_equals_uncached_greedy(model: PreTrainedModel, implementation: str, prompt: Tensor) -> None:
-    options: dict[str, Any] = {"cache_implementation": implementation} if implementation == "static" else {}
+def test_generate_equals_uncached_greedy(model: PreTrainedModel, prompt: Tensor) -> None:
     expected = uncached_greedy(model, prompt)
-    produced = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
-    assert torch.equal(produced, expected)
-    assert torch.equal(
-        model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=False),
-        expected,
-    )
+    for options in ({}, {"use_cache": False}):
+        assert torch.equal(model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, **options), expected)
+
+
+def test_a_form_generates_the_same_from_a_static_cache(
+    form: str, family: str, make_converted: Callable, prompt: Tensor
+) -> None:
+    model = make_converted(form, family)
+    produced = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static")
+    assert torch.equal(produced, uncached_greedy(model, prompt))
 
 
 def test_generate_from_left_padded_rows_equals_each_row_alone(model: PreTrainedModel, prompt: Tensor) -> None:
@@ -129,18 +122,13 @@ def test_beam_search_scores_what_it_returns_as_an_uncached_forward_does(model: P
 
 @pytest.mark.parametrize("draft", ["weaker", "itself"])
 def test_assisted_decoding_equals_uncached_greedy(
-    form: str,
-    family: str,
-    draft: str,
-    make_converted: Callable,
-    make_base: Callable,
-    prompt: Tensor,
+    dynamic_kind: str, family: str, draft: str, make_dynamic: Callable, make_base: Callable, prompt: Tensor
 ) -> None:
     """Without a sliding window, whose cache the base's own classes cannot crop either."""
     overrides = {"sliding_window": None} if family in ("mistral", "qwen2") else {}
     if family == "qwen2":
         overrides["use_sliding_window"] = False
-    target = make_converted(form, family, overrides=overrides)
+    target = make_dynamic(dynamic_kind, family, overrides=overrides)
     assistant = make_base("llama", seed=9) if draft == "weaker" else target
     produced = target.generate(prompt[:1], max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=assistant)
     assert torch.equal(produced, uncached_greedy(target, prompt[:1]))
