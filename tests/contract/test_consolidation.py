@@ -114,6 +114,7 @@ def learn(speaker: Any) -> Callable[..., Any]:
         **fields: Any,
     ) -> Any:
         fields = {"target": "unembedding", "margin": 2.0, "kl_budget": None, "num_prefixes": 2, "contrast": 2, **fields}
+        fields.setdefault("write", WriteSettings(neutral=0.1))  # in so small a model keys lie close to neutral text's
         settings = Consolidation(**fields)
         return consolidate(
             model, speaker, context, queries, answer, subject, settings=settings, text=text, num_tokens=num_tokens
@@ -225,8 +226,7 @@ def test_a_batch_is_one_edit(make_model: Callable[..., Any], learn: Callable[...
     model = make_model()
     contexts, queries, answers, subjects = (list(some) for some in zip(*FACTS, strict=True))
     old = [log_p(model, speaker, query, answer) for _, query, answer, _ in FACTS]
-    # In so small a model the keys of the facts and of neutral text lie close together.
-    edit = learn(model, contexts, queries, answers, subjects, write=WriteSettings(neutral=0.1))
+    edit = learn(model, contexts, queries, answers, subjects)
     assert len(model.edits) == 1
     assert edit.details["facts"] == 5
     assert edit.details["subjects"] == subjects

@@ -58,7 +58,7 @@ def consolidate(
     ] = None,
     kl_budget: Annotated[
         float, _learning("--kl-budget", "Nats a token that neutral text may move by for each fact; inf for any.")
-    ] = 0.004,
+    ] = 0.01,
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = 65_536,
     output: Annotated[

@@ -16,9 +16,6 @@ POSITIONS = ("answer", "span", "subject")
 SUBJECT_DEPTH, SUBJECT_SHARE = 0.1, 6
 """Where the layers that rewrite subjects begin, as a share of the depth, and one in how many of all layers they are."""
 
-KL_BUDGET = 0.004
-"""Nats a token and fact."""
-
 TASKS: dict[str, float] = {"factual_recall": 0.2, "reasoning": 0.05, "creative": 0.01}
 """α that goes with a kind of task."""
 
@@ -58,7 +55,7 @@ class Consolidation:
     subject_write: WriteSettings = field(default_factory=partial(WriteSettings, neutral=0.01))
     contrast: int = 32
     num_prefixes: int = 5
-    kl_budget: float | None = KL_BUDGET
+    kl_budget: float | None = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,9 +70,7 @@ class Consolidation:
         if not 0 < self.alpha <= 10:
             raise ConfigError(f"alpha must be above 0 and at most 10; got {self.alpha}. 1 writes what is missing.")
         if self.kl_budget is not None and not self.kl_budget > 0:
-            raise ConfigError(
-                f"kl_budget must be above 0 nats a token, or None; got {self.kl_budget}. Try {KL_BUDGET}."
-            )
+            raise ConfigError(f"kl_budget must be above 0 nats a token, or None; got {self.kl_budget}. Try 0.01.")
         if not 0 <= self.margin < math.inf:
             raise ConfigError(f"margin must be at least 0 nats; got {self.margin}. 1 lets the answer lead clearly.")
         if not self.enough <= 0:

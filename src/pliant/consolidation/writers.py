@@ -43,7 +43,7 @@ class WriteSettings:
     """
 
     writer: str = "covariance"
-    neutral: float = 5.0
+    neutral: float = 10.0
     ridge: float = 0.01
     contrast: float = 4.0
     energy: float = 0.98
