@@ -15,6 +15,8 @@ from pliant.errors import CheckpointError, DataError
 if TYPE_CHECKING:
     from pliant.consolidation import Consolidation
 
+SWEEP = "sweep"
+"""What stands for layers that are to be found."""
 LEARNING = "Learning"
 RECORD_KEYS = ("context", "query", "queries", "answer", "subject")
 
@@ -44,7 +46,9 @@ def consolidate(
     ] = None,
     answer: Annotated[str | None, typer.Option(help="Default: the model's own, with the text in view.")] = None,
     subject: Annotated[str | None, typer.Option(help="What the text is about, as the queries write it.")] = None,
-    layers: Annotated[str | None, _learning("--layers", "Where to write, such as 3,28,29. Default: by depth.")] = None,
+    layers: Annotated[
+        str | None, _learning("--layers", "Where to write, such as 3,28,29; sweep tries some. Default: by depth.")
+    ] = None,
     writer: Annotated[str, _learning("--writer", "covariance, null_space, ridge, normalised or outer.")] = "covariance",
     target: Annotated[str, _learning("--target", "auto, context, unembedding or optimised.")] = "auto",
     alpha: Annotated[float | None, _learning("--alpha", "Strength; 1, all that is missing, by default.")] = None,
@@ -96,6 +100,8 @@ def consolidate(
         say_step(f"Loading {model}")
     loaded = o.load_model(model, given)
     learner = Learner(loaded, text, calibration_tokens)
+    if layers == SWEEP:
+        settings = learner.swept(settings)
     if not as_json:
         say_step(f"Learning {facts.shown}")
     edit = learner.learn(facts, settings)
@@ -185,6 +191,8 @@ def settings_of(given: dict[str, Any]) -> "Consolidation":
     if task is not None and alpha is not None:
         raise typer.BadParameter("sets the strength; leave one of --task and --alpha out.", param_hint="--task")
     fields = {name: given[name] for name in ("target", "layers", "kl_budget")}
+    if fields["layers"] == SWEEP:
+        fields["layers"] = None
     fields["write"] = WriteSettings(writer=given["writer"])
     if task is not None:
         return Consolidation.for_task(task, **fields)

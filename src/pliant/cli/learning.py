@@ -84,6 +84,15 @@ class Learner:
                 progress=progress,
             )
 
+    def swept(self, settings: "Consolidation") -> "Consolidation":
+        """Returns ``settings`` with the layers that serve the model best."""
+        from pliant.consolidation import sweep_layers
+
+        with progress_display() as progress:
+            return sweep_layers(
+                self.model, self.tokenizer, settings, text=self.text, num_tokens=self.num_tokens, progress=progress
+            )
+
     def compare(self, edit: "Edit", facts: Facts) -> dict[str, str]:
         """Returns the first query, and what the model answers to it without the edit and with it."""
         query = facts.first_query or edit.details["queries"][0][0]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pliant.consolidation.facts import facts_of
-from pliant.consolidation.resources import resources_of
+from pliant.consolidation.facts import Fact, facts_of
+from pliant.consolidation.resources import Resources, resources_of
 from pliant.consolidation.settings import Consolidation
-from pliant.consolidation.solve import Solver
+from pliant.consolidation.solve import Solution, Solver
 from pliant.consolidation.writers import WriteSettings
 from pliant.key_moments import NUM_TOKENS
 from pliant.models import DynamicCausalLM, Layers
@@ -73,20 +73,11 @@ def consolidate(
     """
     if settings is None:
         settings = Consolidation(layers=layers, target=target, alpha=alpha, write=WriteSettings(writer=writer))
-    subject_layers, answer_layers = settings.places(model)
+    settings.places(model)  # refused before anything is read
     with torch.inference_mode(False), torch.no_grad(), evaluating(model), frozen(model):
         facts = facts_of(model, tokenizer, context, queries, answer, subject)
         resources = resources_of(model, tokenizer, text, num_tokens)
-        solver = Solver(
-            model,
-            tokenizer,
-            facts,
-            settings,
-            moments=resources.moments(model, [*subject_layers, *answer_layers], progress),
-            prefixes=resources.prefixes(model, settings.num_prefixes, settings.seed),
-            neutral=resources.neutral_text(model),
-        )
-        solution = solver.solve(subject_layers, answer_layers)
+        solution = solution_of(model, tokenizer, facts, settings, resources, progress)
     details = {
         **solution.details,
         "target": settings.target,
@@ -100,3 +91,29 @@ def consolidate(
     context = "\n".join(fact.context for fact in facts)
     edit = Edit(context=context, deltas=dict(solution.deltas), kl=solution.kl, details=details)
     return model.edits.add(edit)
+
+
+def solution_of(
+    model: DynamicCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    settings: Consolidation,
+    resources: Resources,
+    progress: Progress | None = None,
+) -> Solution:
+    """Returns what is to be written for ``facts``; the model is in evaluation mode, its parameters frozen.
+
+    Raises:
+        EditError: As :func:`consolidate` does.
+    """
+    subject_layers, answer_layers = settings.places(model)
+    solver = Solver(
+        model,
+        tokenizer,
+        facts,
+        settings,
+        moments=resources.moments(model, [*subject_layers, *answer_layers], progress),
+        prefixes=resources.prefixes(model, settings.num_prefixes, settings.seed),
+        neutral=resources.neutral_text(model),
+    )
+    return solver.solve(subject_layers, answer_layers)

@@ -88,7 +88,7 @@ class Consolidation:
             ConversionError: A layer does not exist.
             EditError: Tokens are routed past the MLP of a layer that was asked for, or of every one.
         """
-        closed = {index for index, layer in model.routed_layers.items() if layer.skips_mlp}
+        closed = closed_layers(model)
         num_layers = model.config.num_hidden_layers
         remedy = "Choose other layers, or route with granularity='attention'."
         if len(closed) == num_layers:
@@ -122,3 +122,8 @@ class Consolidation:
         if task not in TASKS:
             raise ConfigError(f"task must be one of {', '.join(TASKS)}; got {task!r}.{nearest(task, tuple(TASKS))}")
         return cls(**{"alpha": TASKS[task], **fields})
+
+
+def closed_layers(model: DynamicCausalLM) -> set[int]:
+    """Returns the layers whose MLP only some tokens enter."""
+    return {index for index, layer in model.routed_layers.items() if layer.skips_mlp}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,19 @@ def test_a_task_sets_the_strength(teach, edited, task, alpha):
     told = json.loads(teach(edited, "-c", FACT, *GIVEN, "--task", task, "--layers", "2,3", *OPEN, "--json").stdout)
     assert told["details"]["alpha"] == alpha
     assert set(told["layers"]) <= {2, 3}
+
+
+def test_layers_are_swept_for(teach, edited, monkeypatch):
+    asked = []
+
+    def sweep_layers(model, tokenizer, settings, **options):
+        asked.append((settings, options["num_tokens"]))
+        return replace(settings, layers=[1, 3])
+
+    monkeypatch.setattr("pliant.consolidation.sweep_layers", sweep_layers)
+    told = json.loads(teach(edited, "-c", FACT, *GIVEN, "--layers", "sweep", *OPEN, "--json").stdout)
+    assert set(told["layers"]) <= {1, 3}
+    assert [settings.layers for settings, _ in asked] == [None]
 
 
 @pytest.mark.parametrize("writer", ["outer", "normalised", "ridge", "null_space"])
