@@ -72,6 +72,12 @@ def speaker(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     return TOKENIZERS[request.param]()
 
 
+@pytest.fixture
+def byte_speaker() -> PreTrainedTokenizerFast:
+    """One tokenizer, of the kind of Llama 3."""
+    return byte_level()
+
+
 @pytest.fixture(scope="session")
 def row_of() -> Callable[..., Row]:
     """A function that makes a row of random tokens with an answer."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.consolidation.conftest import byte_level
 
 import pliant
 from pliant.consolidation import Consolidation, sweep_layers
@@ -19,12 +18,6 @@ TEXT = "A quiet river carries old boats past green hills while the miller counts
 
 
 @pytest.fixture
-def tokenizer() -> Any:
-    """One that reads any text."""
-    return byte_level()
-
-
-@pytest.fixture
 def model(make_base: Callable[..., Any], tmp_path: Path) -> Any:
     """A dense model of twelve layers."""
     make_base(num_hidden_layers=12, vocab_size=330, max_position_embeddings=256).save_pretrained(tmp_path / "base")
@@ -32,12 +25,12 @@ def model(make_base: Callable[..., Any], tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def look(model: Any, tokenizer: Any) -> Callable[..., Consolidation]:
+def look(model: Any, byte_speaker: Any) -> Callable[..., Consolidation]:
     """A function that looks for layers with little text."""
 
     def run(settings: Consolidation | None = None, **options: Any) -> Consolidation:
         settings = settings or Consolidation(target="unembedding", kl_budget=None, num_prefixes=1, contrast=1)
-        return sweep_layers(model, tokenizer, settings, text=TEXT, num_tokens=256, **options)
+        return sweep_layers(model, byte_speaker, settings, text=TEXT, num_tokens=256, **options)
 
     return run
 
@@ -83,17 +76,17 @@ def test_what_other_subjects_suffer_counts_against_a_choice(
     assert look().layers == [2, 3, 11]
 
 
-def test_the_answers_gain_and_the_others_move(model: Any, tokenizer: Any):
-    before, others = sweep_module._read(model, tokenizer, {})
+def test_the_answers_gain_and_the_others_move(model: Any, byte_speaker: Any):
+    before, others = sweep_module._read(model, byte_speaker, {})
     generator = torch.Generator().manual_seed(0)
     shape = model.model.layers[11].mlp.down_proj.weight.shape
     left, right = (torch.randn(size, 1, generator=generator) for size in shape)
-    after, moved = sweep_module._read(model, tokenizer, {"layers.11.mlp.down_proj": Delta(left=left, right=right)})
+    after, moved = sweep_module._read(model, byte_speaker, {"layers.11.mlp.down_proj": Delta(left=left, right=right)})
     assert before < 0
     assert after != before
     assert others.shape == moved.shape == (12, 330)
     assert sweep_module.kl_sum(moved, others) > 0
-    again, same = sweep_module._read(model, tokenizer, {})
+    again, same = sweep_module._read(model, byte_speaker, {})
     assert again == before
     assert torch.equal(same, others)
 
@@ -124,8 +117,8 @@ def test_context_chooses_positions_too(look: Callable[..., Consolidation], model
     assert {"positions": found.positions, "layers": found.layers} in choices
 
 
-def test_layers_that_tokens_pass_by_are_not_tried(model: Any, tokenizer: Any):
-    tokens = pliant.data.calibration_tokens(tokenizer, TEXT, num_tokens=320, window=32)
+def test_layers_that_tokens_pass_by_are_not_tried(model: Any, byte_speaker: Any):
+    tokens = pliant.data.calibration_tokens(byte_speaker, TEXT, num_tokens=320, window=32)
     pliant.convert(model, pliant.ModConfig(capacity_gamma=0.5), calibration=tokens)
     for target in ("auto", "context"):
         choices = list(sweep_module._choices(model, Consolidation(target=target)))
