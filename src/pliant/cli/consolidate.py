@@ -61,7 +61,7 @@ def consolidate(
         ),
     ] = None,
     kl_budget: Annotated[
-        float, _learning("--kl-budget", "Nats a token that neutral text may move by for each fact; inf for any.")
+        float, _learning("--kl-budget", "Nats a token that neutral text may move by for one fact; inf for any.")
     ] = 0.01,
     calibration: CalibrationOption = None,
     calibration_tokens: CalibrationTokensOption = 65_536,

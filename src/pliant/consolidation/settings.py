@@ -40,8 +40,8 @@ class Consolidation:
         subject_write: The writer at the subject.
         contrast: How many other subjects are asked the same for each batch.
         num_prefixes: Of the beginnings of text before a query, the empty one among them.
-        kl_budget: Largest KL divergence from the model before, on neutral text, in nats a token for every fact of the
-            batch; ``None`` for any.
+        kl_budget: Largest KL divergence from the model before, on neutral text, of one fact, in nats a token; n facts
+            together may cause √n times as much. ``None`` for any.
         seed: Of the prefixes.
     """
 

@@ -1,5 +1,6 @@
 """From facts to the changes of ``down_proj`` that hold them: rows, targets and writes, in order."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,8 @@ class Solver:
         return Solution(deltas=solved, kl=kl, details={**details, "share": left * share})
 
     def _budget(self) -> float | None:
-        """Returns the divergence that the facts may cause together, what one may for each of them."""
-        return None if self.settings.kl_budget is None else self.settings.kl_budget * len(self.facts)
+        """Returns the divergence that the facts may cause together."""
+        return None if self.settings.kl_budget is None else self.settings.kl_budget * math.sqrt(len(self.facts))
 
     def _with_answers(self, subjects: Mapping[str, Delta], layers: Sequence[int]) -> dict[str, Delta]:
         """Returns the changes at the subjects, and those that then are missing where the answers are predicted."""
