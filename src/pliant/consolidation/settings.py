@@ -104,13 +104,15 @@ class Consolidation:
                 return [], chosen
             lower = [index for index in chosen if index < num_layers // 2]
             return lower, [index for index in chosen if index not in lower]
-        depth = [index for index in range(num_layers) if index not in closed]
-        last = [depth[-1]]
+        usable = [index for index in range(num_layers) if index not in closed]
+        last = usable[-1]
         if self.target == "context":
-            return [], [index for index in range(2 * num_layers // 3, num_layers - 1, 2) if index in depth] or last
+            upper = range(2 * num_layers // 3, num_layers - 1, 2)
+            return [], [index for index in upper if index in usable] or [last]
         first = round(SUBJECT_DEPTH * num_layers)
-        subjects = [index for index in range(first, first + max(1, num_layers // SUBJECT_SHARE)) if index in depth]
-        return subjects, [index for index in last if index not in subjects]
+        lower = range(first, first + max(1, num_layers // SUBJECT_SHARE))
+        subjects = [index for index in lower if index in usable]
+        return subjects, [last] if last not in subjects else []
 
     @classmethod
     def for_task(cls, task: str, **fields: Any) -> "Consolidation":

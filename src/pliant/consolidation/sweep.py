@@ -128,11 +128,14 @@ def sweep_layers(
         progress: Called with a label, the choices done and the choices there are.
 
     Raises:
-        EditError: No choice can be written.
+        EditError: No choice can be written, or the file of what was found before is damaged.
     """
     settings = replace(settings or Consolidation(), layers=None, positions="answer")
     file = cache_dir() / _FOLDER / f"{base_of(model)}.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise EditError(f"{file} must hold what was found before, as JSON; it does not ({error}). Delete it.") from None
     key = _key(model, settings)
     if key not in known:
         known[key] = _best(model, tokenizer, settings, text, num_tokens, progress)

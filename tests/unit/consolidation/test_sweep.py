@@ -131,3 +131,13 @@ def test_a_sweep_leaves_the_model_as_it_was(look: Callable[..., Consolidation], 
     look()
     assert state_of(model) == before
     assert not len(model.edits)
+
+
+def test_a_damaged_file_is_named(look: Callable[..., Consolidation], cache: Path):
+    found = look()
+    (file,) = (cache / "layer-sweeps").iterdir()
+    file.write_text("{")
+    with pytest.raises(EditError, match=r"layer-sweeps/.*json must hold what was found before.*Delete it"):
+        look()
+    file.unlink()
+    assert look() == found
