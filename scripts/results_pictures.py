@@ -12,7 +12,7 @@ from pliant.cli.plots import ACCENT, GREY, SECOND, STYLE
 
 def draw_ablation(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draws S of every variant with its interval, and what it is the harmonic mean of; a choice is a group of lines."""
-    parts = {"efficacy": ("|", GREY), "paraphrase": ("^", GREY), "neighbourhood": ("o", SECOND)}
+    parts = {"efficacy": ("D", GREY), "paraphrase": ("^", GREY), "neighbourhood": ("o", SECOND)}
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "pliant", "svg.fonttype": "none"}):
         figure = Figure(figsize=(8, 0.3 * len(rows) + 1.2), layout="constrained")
         axes = figure.subplots()
@@ -21,8 +21,8 @@ def draw_ablation(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             reach = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
             axes.errorbar(score["value"], place, xerr=reach, fmt="s", color=ACCENT, capsize=3, label="S")
             for name, (marker, color) in parts.items():
-                mark = {"marker": marker, "facecolors": "none" if marker != "|" else color, "edgecolors": color}
-                axes.scatter(100 * row[name]["value"], place, s=36, label=name, **mark)
+                at = 100 * row[name]["value"]
+                axes.scatter(at, place, s=36, label=name, marker=marker, facecolors="none", edgecolors=color)
             if place and row["factor"] != rows[place - 1]["factor"]:
                 axes.axhline(place - 0.5, color=GREY, linewidth=0.6)
         axes.set_yticks(range(len(rows)), [f"{row['factor']}: {row['value']}" for row in rows])
