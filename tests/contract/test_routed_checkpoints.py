@@ -53,7 +53,7 @@ def without_thresholds(file: Path) -> dict[str, list]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loaded_models_have_the_thresholds_and_bitwise_the_logits(
+def test_loaded_models_have_the_tensors_bitwise_and_the_logits(
     kind: str, saved: PreTrainedModel, tmp_path: Path, prompt: Tensor
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
@@ -65,9 +65,11 @@ def test_loaded_models_have_the_thresholds_and_bitwise_the_logits(
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     with torch.no_grad():
-        assert torch.equal(loaded(prompt).logits, saved(prompt).logits)
+        logits = loaded(prompt).logits
+        # Not bitwise: where tensors lie in memory decides in which order some processors add.
+        torch.testing.assert_close(logits, saved(prompt).logits, rtol=0, atol=1e-5)
         with saved.base_mode():
-            assert not torch.equal(loaded(prompt).logits, saved(prompt).logits)
+            assert (logits - saved(prompt).logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)

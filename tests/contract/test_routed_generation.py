@@ -96,14 +96,32 @@ def test_the_report_says_of_each_token_whether_it_ran_however_few_do(
         fed(model, prompt[:1], *[1] * prompt.shape[1])
     for index, layer in model.routed_layers.items():
         routing = [forward[index].routing for forward in report.forwards]
-        for each in routing:
+        assert routing[0].runs.all() or routed_kind == "mod mlp"
+        for each in routing[0 if routed_kind == "mod mlp" else 1 :]:
             reaches = each.scores >= layer.router.threshold
             assert torch.equal(each.runs, reaches) or (layer.layer_config.budget and reaches.all())
         assert {bool(each.runs) for each in routing} == {True, False}
         layer.router.threshold.fill_(torch.inf)
-    with model.report() as report:
-        model(prompt)
-    assert not any(layer.routing.runs.any() for layer in report.layers.values())
+    for runs in runs_of(model, prompt).values():
+        assert not runs[:, 1:].any()
+        assert runs[:, 0].all() == (routed_kind != "mod mlp")
+
+
+@torch.no_grad()
+def test_the_first_token_of_each_document_runs_however_it_scores(
+    routed_kind: str, make_routed: RoutedModel, prompt: Tensor
+) -> None:
+    model, mask = make_routed(routed_kind), torch.ones_like(prompt)
+    mask[1, :4] = 0
+    padded, positions = torch.zeros_like(mask), torch.arange(prompt.shape[1])[None] % 6
+    packed = (positions == 0).expand_as(prompt).long()
+    padded[0, 0] = padded[1, 4] = 1
+    for layer in model.routed_layers.values():
+        layer.router.threshold.fill_(torch.inf)
+    for options, expected in (({"attention_mask": mask}, padded), ({"position_ids": positions}, packed)):
+        wanted = torch.zeros_like(expected) if routed_kind == "mod mlp" else expected
+        for runs in runs_of(model, prompt, use_cache=False, **options).values():
+            assert torch.equal(runs.long(), wanted)
 
 
 @torch.no_grad()

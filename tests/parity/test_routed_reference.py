@@ -17,7 +17,7 @@ from pliant.models.graft import install
 
 TOLERANCE = 5e-5
 """Largest difference over largest value: both take the same sums in another order."""
-GRADIENT_TOLERANCE = 2e-4
+GRADIENT_TOLERANCE = 5e-4
 """The gradient of a single number is a sum whose terms cancel."""
 LAYER, LENGTH = 1, 12
 SEED = 7

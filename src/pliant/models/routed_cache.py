@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
@@ -80,6 +80,13 @@ class RoutedCacheLayer(DynamicLayer):
         """Whether every token so far ran, so that keys stand where any other cache has them."""
         held = 0 if self.columns is None else self.columns.shape[1]
         return held == self.seen and not self._is_ragged
+
+    @property
+    def begun(self) -> Bool[Tensor, " batch"] | bool:
+        """Rows in which a token has run; ``True`` for all of them, ``False`` for none."""
+        if self.columns is None or not self.columns.shape[1]:
+            return False
+        return self.columns[:, 0] != NO_KEY if self._is_ragged else True
 
     def expect(self, selection: Selection) -> tuple[Columns, Int[Tensor, "batch k"]]:
         """Announces the tokens whose keys come next; returns the columns of all keys then, and of the queries."""

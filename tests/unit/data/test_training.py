@@ -121,7 +121,7 @@ def test_a_stream_is_read_as_its_rows_are(packing, byte_tokenizer, monkeypatch):
     assert len(read) < 150
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("layout", ["column", "converted"])
 def test_workers_read_all_files_in_the_same_order(workers, layout, write, byte_tokenizer):

@@ -24,6 +24,11 @@ class Memory(Protocol):
         """Whether every token so far ran."""
         ...
 
+    @property
+    def begun(self) -> Bool[Tensor, " batch"] | bool:
+        """Rows in which a token has run; ``True`` for all of them, ``False`` for none."""
+        ...
+
     def expect(self, selection: Selection) -> tuple[Tensor, Tensor]:
         """Announces the tokens whose keys come next; returns the columns of all keys and of the queries.
 

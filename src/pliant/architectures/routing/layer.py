@@ -1,7 +1,8 @@
 """A decoder layer that only some tokens enter.
 
 h (batch, seq, d_model) is the layer's input. A token t that runs gets ``h_t + m_t f(h)_t``, f the increment of the
-routed part computed among the running tokens alone, with their own positions; every other token passes as it is.
+routed part computed among the running tokens alone, with their own positions; every other token passes as it is. The
+first token of a document always runs, unless the MLP is all that is skipped.
 m = 1 + φ − sg[φ] + s (sg[φ] − 1), from 1 at s = 0 to the gate φ at s = 1, always with the gradient of φ.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pliant.architectures.base import AddedModule, LayerReport, RoutingReport
 from pliant.architectures.routing.attention import Memory, attention_arguments
@@ -195,8 +197,25 @@ class RoutedLayer(nn.Module):
         cache = kwargs.get("past_key_values")
         return cache.layers[self.layer_idx] if cache is not None and self.keeps_keys else None
 
+    def _lifted(self, scores: PerToken, documents: Tensor | None, memory: Memory | None) -> PerToken:
+        """Returns the scores, those of first tokens of documents above every threshold where skipping leaves no keys.
+
+        Attention rests on that token where it has nothing else to look at (arXiv 2309.17453).
+        """
+        begun = memory is not None and memory.begun
+        if begun is True or not self.keeps_keys:
+            return scores
+        if documents is None:
+            is_first = torch.zeros_like(scores, dtype=torch.bool)
+            is_first[:, 0] = True
+        else:
+            is_first = documents > functional.pad(documents.cummax(1).values[:, :-1], (1, 0), value=-1)
+        if begun is not False:
+            is_first = is_first & ~begun[:, None]
+        return scores.masked_fill(is_first, torch.inf)
+
     def _select(self, route: Route, documents: Tensor | None, memory: Memory | None) -> Selection | None:
-        scores, router = route.scores.detach(), self.router
+        scores, router = self._lifted(route.scores.detach(), documents, memory), self.router
         allowed = None if documents is None else documents >= 0
         if self.calibrating:
             router.threshold.copy_(
@@ -206,7 +225,8 @@ class RoutedLayer(nn.Module):
             if self.capacity < 1:
                 router.note(row_thresholds(scores, self.capacity, allowed))
             if not self.by_threshold:
-                return highest(scores if route.ranks is None else route.ranks.detach(), self.capacity, allowed)
+                ranks = scores if route.ranks is None else self._lifted(route.ranks.detach(), documents, memory)
+                return highest(ranks, self.capacity, allowed)
         runs = scores >= (router.threshold if self.capacity < 1 else -torch.inf)
         if allowed is not None:
             runs = runs & allowed

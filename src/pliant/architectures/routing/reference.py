@@ -85,19 +85,24 @@ def finished(layer: RoutedLayer, h: Row, rope: Rope) -> Row:
 
 
 def who_runs(layer: RoutedLayer, route: RowRoute, documents: list[int]) -> list[int]:
-    """Returns the tokens that run: the highest-ranked while training, else those that reach the threshold."""
+    """Returns the tokens that run: the highest-ranked while training, else those that reach the threshold.
+
+    The first token of a document runs in any case, unless it is the MLP alone that tokens skip.
+    """
+    leading = {} if layer.part == "mlp" else {documents.index(d): torch.tensor(math.inf) for d in set(documents) - {-1}}
     if layer.training and not layer.by_threshold:
-        return highest_of(layer, route.ranks, documents)
+        return highest_of(layer, [leading.get(t, rank) for t, rank in enumerate(route.ranks)], documents)
+    scores = [leading.get(t, score) for t, score in enumerate(route.scores)]
     config, ran = layer.layer_config, []
     for t, document in enumerate(documents):
         members = [s for s in range(t) if documents[s] == document]
         window = members[len(members) + 1 - config.budget_window :]
         is_spent = config.budget is not None and sum(s in ran for s in window) >= config.most
-        if document >= 0 and route.scores[t] >= layer.router.threshold and (layer.training or not is_spent):
+        if document >= 0 and scores[t] >= layer.router.threshold and (layer.training or not is_spent):
             ran.append(t)
     counted = [t for t, document in enumerate(documents) if document >= 0]
     if layer.training and counted and not ran:
-        return [max(counted, key=lambda t: float(route.scores[t].detach()))]
+        return [max(counted, key=lambda t: float(scores[t].detach()))]
     return ran
 
 

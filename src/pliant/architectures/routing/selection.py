@@ -79,6 +79,9 @@ def highest(
 
 def selected(runs: Bool[Tensor, "batch seq"]) -> Selection | None:
     """Returns the tokens that run; ``None`` if there are none."""
+    if runs.shape[1] == 1:  # decoding: each row has one place
+        count, places = int(runs.sum()), torch.zeros_like(runs, dtype=torch.long)
+        return Selection(places=places, valid=None if count == len(runs) else runs) if count else None
     counts = runs.sum(1)
     fewest, most = torch.stack(counts.aminmax()).tolist()  # one wait for the device
     if not most:
@@ -137,10 +140,13 @@ def share_of(capacity: float, length: int) -> int:
 
 
 def threshold_for(scores: Float[Tensor, " n"], capacity: float) -> Float[Tensor, ""]:
-    """Returns τ such that a share ``capacity`` of the scores reaches it: the smallest of the highest scores."""
+    """Returns τ such that a share ``capacity`` of the scores reaches it: the smallest of the highest scores.
+
+    Where scores of ∞, of tokens that run in any case, are as many, it is the least that no other score reaches.
+    """
     if capacity >= 1:
         return scores.new_full((), -torch.inf)
-    return scores.kthvalue(len(scores) - share_of(capacity, len(scores)) + 1).values
+    return _finite(scores.kthvalue(len(scores) - share_of(capacity, len(scores)) + 1).values, scores)
 
 
 def row_thresholds(
@@ -149,8 +155,14 @@ def row_thresholds(
     """Returns :func:`threshold_for` of each row that has a token."""
     if allowed is None:
         length = scores.shape[1]
-        return scores.kthvalue(length - share_of(capacity, length) + 1, dim=1).values
+        return _finite(scores.kthvalue(length - share_of(capacity, length) + 1, dim=1).values, scores)
     counts = allowed.sum(1)
     kept = (counts * capacity - 1e-4).ceil().long().clamp(min=1)
     ranked = scores.masked_fill(~allowed, -torch.inf).sort(dim=1, descending=True).values
-    return ranked.gather(1, kept[:, None] - 1)[:, 0][counts > 0]
+    return _finite(ranked.gather(1, kept[:, None] - 1)[:, 0], ranked)[counts > 0]
+
+
+def _finite(threshold: Tensor, scores: Tensor) -> Tensor:
+    """A threshold of ∞ as the least above every other score."""
+    highest_other = scores.masked_fill(scores == torch.inf, -torch.inf).amax(-1)
+    return torch.where(threshold == torch.inf, highest_other.nextafter(highest_other.new_tensor(torch.inf)), threshold)

@@ -56,8 +56,8 @@ class Prior(AddedModule):
         """Returns the mean and the ``log σ²`` of the change, both in fp32."""
         h = h.float()
         # Divided by the norm where it is narrow: nothing as wide as h is written.
-        narrow = functional.linear(h, torch.cat((self.gate, self.up)).float()) * inverse_norm(h)[..., None]
-        gate, up = narrow.chunk(2, dim=-1)
+        scale = inverse_norm(h)[..., None]
+        gate, up = (functional.linear(h, weight.float()) * scale for weight in (self.gate, self.up))
         hidden = functional.silu(gate) * up  # (batch, seq, width)
         mean = functional.linear(hidden, self.down.float()).float()
         if self.log_variance is None:

@@ -99,7 +99,7 @@ class RoutedLayerTrace:
     """What one routed layer did: a value for each token.
 
     Attributes:
-        threshold: τ; a token runs if its score reaches it.
+        threshold: τ; a token runs if its score reaches it, the first in any case.
         scores: What is held against τ.
         gates: φ.
         runs: Which tokens ran.
@@ -116,7 +116,7 @@ class RoutedLayerTrace:
         return sum(self.runs) / len(self.runs)
 
     def margin(self, position: int) -> float:
-        """How far a score lies above τ; infinite where every token runs."""
+        """How far a score lies above τ, or below; infinite where every token runs."""
         return self.scores[position] - self.threshold
 
 
