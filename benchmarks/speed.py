@@ -73,14 +73,14 @@ def _wait(model: PreTrainedModel) -> None:
         torch.cuda.synchronize()
 
 
-def paired(run: Callable[[], None], model: PreTrainedModel, rounds: int) -> dict[str, float]:
-    """Median of the paired ratios, its interval, and the base's own seconds."""
+def paired(run: Callable[[], None], model: PreTrainedModel, rounds: int, *, warm: int = 3) -> dict[str, float]:
+    """Median of the paired ratios, its interval, and the base's own seconds; ``warm`` rounds before do not count."""
     ratios, base_seconds = [], []
-    for number in range(rounds + 3):
+    for number in range(warm + rounds):
         order = [True, False]
         random.shuffle(order)
         taken = {base: seconds(run, model, base=base) for base in order}
-        if number >= 3:  # warm
+        if number >= warm:
             ratios.append(taken[False] / taken[True])
             base_seconds.append(taken[True])
     medians = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(2000))

@@ -115,8 +115,9 @@ def _environments(value: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(value, Mapping):
         if "environment" in value:
             yield value["environment"]
-        for inner in value.values():
-            yield from _environments(inner)
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else ():
+        yield from _environments(inner)
 
 
 def as_markdown(table: Table) -> str:
@@ -436,10 +437,17 @@ def _routed_speed(results: Results) -> Iterator[Table]:
     known = ("phase", "architecture", "capacity", "tokens", "batch", "measured_capacity")
     for result in results.values():
         rows = [
-            (*(row[key] for key in known), row["work_ratio"], spread(row, "ratio"), row["realised"])
+            (
+                *(row[key] for key in known),
+                row["environment"]["threads"],
+                row["work_ratio"],
+                spread(row, "ratio"),
+                row["realised"],
+            )
             for row in result["rows"]
         ]
-        headings = (*(key.replace("_", " ") for key in known), "work over dense", "time over dense", "saving realised")
+        names = (*(key.replace("_", " ") for key in known), "threads")
+        headings = (*names, "work over dense", "time over dense", "saving realised")
         yield headings, rows
 
 
@@ -479,6 +487,31 @@ def _routed_transfer(results: Results) -> Iterator[Table]:
         ),
         rows,
     )
+
+
+def _routed_from_scratch(results: Results) -> Iterator[Table]:
+    result = results["routed-from-scratch"]
+    headings = (
+        "method",
+        "FLOPs of a step over dense",
+        "steps",
+        "learning rate",
+        "loss, mean of the seeds",
+        "deviation",
+        "least, most",
+        "share that runs, by threshold",
+    )
+    rows = []
+    for method, chosen in result.get("chosen", {}).items():
+        runs = [r for r in result["runs"] if (r["method"], r["lr"]) == (method, chosen["lr"])]
+        losses, shares = (
+            [r["validation_loss"] for r in runs],
+            [r["capacity"] for r in runs if r["capacity"] is not None],
+        )
+        spread = (f"{chosen['validation_loss']:.3f}", chosen["deviation"], f"{min(losses):.3f}, {max(losses):.3f}")
+        share = sum(shares) / len(shares) if shares else None
+        rows.append((method, runs[0]["work_ratio"], runs[0]["steps"], chosen["lr"], *spread, share))
+    yield headings, rows
 
 
 def _routed_generation(results: Results) -> Iterator[Table]:
@@ -549,6 +582,7 @@ SECTIONS: dict[str, Section] = {
     "routed_capacity.py": ("routed-capacity.json", _routed_capacity),
     "routed_speed.py": ("routed-speed-*.json", _routed_speed),
     "routed_transfer.py": ("routed-transfer.json", _routed_transfer),
+    "routed_from_scratch.py": ("routed-from-scratch.json", _routed_from_scratch),
     "routed_generation.py": ("routed-generation.json", _routed_generation),
     "evaluation_parity.py": ("evaluation-parity.json", _evaluation_parity),
     "evaluation_batching.py": ("evaluation-batching.json", _evaluation_batching),
