@@ -41,7 +41,7 @@ MULTIPLIERS = {"dtf": LrMultipliers(router=10.0, prior=10.0)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=400, help="of the dense model")
+    parser.add_argument("--steps", type=int, default=250, help="of the dense model")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 3e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first is searched on")

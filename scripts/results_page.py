@@ -504,10 +504,8 @@ def _routed_from_scratch(results: Results) -> Iterator[Table]:
     rows = []
     for method, chosen in result.get("chosen", {}).items():
         runs = [r for r in result["runs"] if (r["method"], r["lr"]) == (method, chosen["lr"])]
-        losses, shares = (
-            [r["validation_loss"] for r in runs],
-            [r["capacity"] for r in runs if r["capacity"] is not None],
-        )
+        losses = [r["validation_loss"] for r in runs]
+        shares = [r["capacity"] for r in runs if r["capacity"] is not None]
         spread = (f"{chosen['validation_loss']:.3f}", chosen["deviation"], f"{min(losses):.3f}, {max(losses):.3f}")
         share = sum(shares) / len(shares) if shares else None
         rows.append((method, runs[0]["work_ratio"], runs[0]["steps"], chosen["lr"], *spread, share))

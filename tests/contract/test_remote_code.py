@@ -140,7 +140,7 @@ def test_every_model_says_the_same_without_pliant(outputs: tuple[dict[str, Tenso
     for name, expected in here.items():
         if name.startswith("keyed tied edited/logits"):  # the edit is merged, and its sums are taken in another order
             torch.testing.assert_close(there[name], expected, rtol=1e-4, atol=1e-4)
-        elif name.endswith("/logits"):  # where tensors lie in memory decides in which order some processors add
+        elif name == "mod gated/logits":  # a product with one vector: some processors add by where it lies in memory
             torch.testing.assert_close(there[name], expected, rtol=0, atol=1e-5)
         else:
             assert torch.equal(there[name], expected), name
