@@ -69,11 +69,11 @@ def main() -> None:
 
 def made(name: str, dtype: torch.dtype) -> Any:
     """The base, or a model routed from it."""
-    model: Any = pliant.load("smollm2-135m", dtype=dtype).eval()
+    model: Any = pliant.load("smollm2-135m", dtype=torch.float32).eval()
     torch.manual_seed(0)
     if CONFIGS[name] is not None:
         pliant.convert(model, CONFIGS[name])
-    return model
+    return model.to(dtype)
 
 
 def written(model: Any, tokenizer: Any, way: str, count: int) -> dict[str, Any]:

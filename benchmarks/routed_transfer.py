@@ -6,7 +6,7 @@ on a slice of --domain that no method trains on. Methods: mod and dtf (attention
 random (the same with a hash of the position for a score), shallower (dense, without the layers whose linear FLOPs the
 others save, chosen greedily by perplexity on that slice), and dense. The metric was fixed beforehand: WikiText-2 test
 perplexity (first 12,288 tokens, windows of 512, fp32) over that of the untouched base; LAMBADA (500) and HellaSwag
-(200), in bf16, stand beside it. Runs that are done are not repeated.
+(200), in what is trained in, stand beside it. Runs that are done are not repeated.
 
 Usage: python benchmarks/routed_transfer.py --text wikitext-2/test.txt --domain wikitext-2/valid.txt
 """
@@ -88,24 +88,25 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-5, 1e-4])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmarks/routed-transfer"))
     arguments = parser.parse_args()
     file = RESULTS / f"{NAME}.json"
     result = json.loads(file.read_text()) if file.exists() else {"runs": []}
-    settings = {key: getattr(arguments, key) for key in ("capacity", "steps", "batch_size", "seed")}
+    settings = {key: getattr(arguments, key) for key in ("capacity", "steps", "batch_size", "seed", "dtype")}
     if result.get("settings", settings) != settings:
         raise SystemExit(f"{file} holds runs of other settings: {result['settings']}; move it away")
     result |= {"environment": environment(), "settings": settings, "linear_flops": flops(arguments.capacity)}
     texts = Texts(arguments)
-    if "untouched" not in result:
-        result["untouched"] = texts.qualities("smollm2-135m")
-        save(NAME, result)
     for method in arguments.methods:
         for lr in arguments.lrs:
             if not any((run["method"], run["lr"]) == (method, lr) for run in result["runs"]):
                 result["runs"].append(run(method, lr, arguments, texts))
                 print(result["runs"][-1], flush=True)
                 save(NAME, result)
+    if "untouched" not in result:
+        result["untouched"] = texts.qualities("smollm2-135m")
+        save(NAME, result)
     chosen = result.setdefault("chosen", {})
     for method in dict.fromkeys(run["method"] for run in result["runs"]):
         best = min((r for r in result["runs"] if r["method"] == method), key=lambda r: r["search_perplexity"])
@@ -121,6 +122,7 @@ class Texts:
     """What is trained on, chosen by, and measured on."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        self.dtype: torch.dtype = getattr(torch, arguments.dtype)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(pliant.load("smollm2-135m").config._name_or_path)
         pieces = passages(read_text(arguments.domain))
         held = pieces[:: len(pieces) // 60]  # of the domain, spread over it
@@ -135,7 +137,7 @@ class Texts:
     def qualities(self, name: str | Path) -> dict[str, float]:
         """The metric, and what stands beside it, of a saved model."""
         perplexity = pliant.perplexity(pliant.load(name, dtype=torch.float32).eval(), self.measured)
-        model: Any = pliant.load(name, dtype=torch.bfloat16).eval()
+        model: Any = pliant.load(name, dtype=self.dtype).eval()
         return {
             "perplexity": perplexity,
             "lambada": lambada_accuracy(model, self.tokenizer, 500),
@@ -189,7 +191,7 @@ def configure(method: str, lr: float, base: str, arguments: argparse.Namespace, 
             lr=lr,
             lr_multipliers=LrMultipliers(router=10.0, prior=10.0),
             warmup_steps=5,
-            mixed_precision="bf16",
+            mixed_precision="bf16" if arguments.dtype == "bfloat16" else "no",
             seed=arguments.seed,
             **schedule,
         ),

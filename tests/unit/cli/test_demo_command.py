@@ -42,6 +42,12 @@ def test_quick_does_less_and_never_more_than_asked_for():
     assert Plan.of(600, 4000, quick=True).calibration_tokens == 4000
 
 
+@pytest.mark.parametrize(("is_fast", "name"), [(True, "bfloat16"), (False, "float32")])
+def test_the_base_is_in_what_the_processor_is_fast_in(monkeypatch, is_fast, name):
+    monkeypatch.setattr("pliant.training.plan.multiplies_bfloat16", lambda: is_fast)
+    assert demo_rows.dtype_name() == name
+
+
 def test_an_own_folder_is_cleared(tmp_path):
     demo_folder.write_record(tmp_path / "demo", {"made_by": demo_folder.MADE_BY})
     own = tmp_path / "demo"

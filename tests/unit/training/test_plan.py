@@ -207,6 +207,17 @@ def test_too_little_memory_is_a_warning(base, monkeypatch):
     assert any("GiB are needed" in warning for warning in planned(f"model.base_model_name={base}").warnings)
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bf16_where_the_processor_has_no_instructions_for_it_is_a_warning(base, monkeypatch, is_fast):
+    monkeypatch.setattr(plan, "multiplies_bfloat16", lambda: is_fast)
+    half, full = (
+        planned(f"model.base_model_name={base}", f"training.mixed_precision={precision}")
+        for precision in ("bf16", "no")
+    )
+    assert any("slower than fp32" in warning for warning in half.warnings) is not is_fast
+    assert not any("slower than fp32" in warning for warning in full.warnings)
+
+
 def test_memory_of_this_machine_is_known():
     assert plan.available_memory("cpu") == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -197,25 +197,24 @@ class RoutedLayer(nn.Module):
         cache = kwargs.get("past_key_values")
         return cache.layers[self.layer_idx] if cache is not None and self.keeps_keys else None
 
-    def _lifted(self, scores: PerToken, documents: Tensor | None, memory: Memory | None) -> PerToken:
-        """Returns the scores, those of first tokens of documents above every threshold where skipping leaves no keys.
+    def _always_run(self, scores: PerToken, documents: Tensor | None, memory: Memory | None) -> Tensor | None:
+        """Returns which tokens run whatever their score: first ones of documents, where skipping leaves no keys.
 
-        Attention rests on that token where it has nothing else to look at (arXiv 2309.17453).
+        Attention rests on that token where it has nothing else to look at (arXiv 2309.17453). ``None`` if none do.
         """
         begun = memory is not None and memory.begun
         if begun is True or not self.keeps_keys:
-            return scores
+            return None
         if documents is None:
             is_first = torch.zeros_like(scores, dtype=torch.bool)
             is_first[:, 0] = True
         else:
             is_first = documents > functional.pad(documents.cummax(1).values[:, :-1], (1, 0), value=-1)
-        if begun is not False:
-            is_first = is_first & ~begun[:, None]
-        return scores.masked_fill(is_first, torch.inf)
+        return is_first if begun is False else is_first & ~begun[:, None]
 
     def _select(self, route: Route, documents: Tensor | None, memory: Memory | None) -> Selection | None:
-        scores, router = self._lifted(route.scores.detach(), documents, memory), self.router
+        always, router = self._always_run(route.scores, documents, memory), self.router
+        scores = _lifted(route.scores, always)
         allowed = None if documents is None else documents >= 0
         if self.calibrating:
             router.threshold.copy_(
@@ -225,7 +224,7 @@ class RoutedLayer(nn.Module):
             if self.capacity < 1:
                 router.note(row_thresholds(scores, self.capacity, allowed))
             if not self.by_threshold:
-                ranks = scores if route.ranks is None else self._lifted(route.ranks.detach(), documents, memory)
+                ranks = scores if route.ranks is None else _lifted(route.ranks, always)
                 return highest(ranks, self.capacity, allowed)
         runs = scores >= (router.threshold if self.capacity < 1 else -torch.inf)
         if allowed is not None:
@@ -311,3 +310,8 @@ class RoutedLayer(nn.Module):
             regulariser=penalty,
             routing=RoutingReport(scores=route.scores.detach(), runs=runs, gate=route.gate.detach()),
         )
+
+
+def _lifted(scores: PerToken, always: Bool[Tensor, "batch seq"] | None) -> PerToken:
+    """Returns scores without gradient, those of tokens that always run above every threshold."""
+    return scores.detach() if always is None else scores.detach().masked_fill(always, torch.inf)

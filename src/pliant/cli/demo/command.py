@@ -116,7 +116,7 @@ def _run(plan: Plan, output: Path) -> dict[str, Any]:
         "hardware": folder.hardware(),
         "settings": {
             "base": rows.BASE,
-            "dtype": "bfloat16",
+            "dtype": rows.dtype_name(),
             "tokens": evaluation.numel(),
             "calibration_tokens": plan.calibration_tokens,
             "window": WINDOW,
@@ -138,7 +138,7 @@ def _read(plan: Plan) -> "tuple[AttentionStatistics, Tensor]":
     from pliant.statistics import attention_statistics
 
     say_step(
-        f"1. Load {rows.BASE} in bfloat16",
+        f"1. Load {rows.BASE} in {rows.dtype_name()}",
         "The base comes with a Python package; nothing is downloaded.",
     )
     model = rows.load_base()
@@ -259,7 +259,7 @@ def _reload(outputs: list[dict[str, Any]], plan: Plan, output: Path) -> bool:
     say_step("7. Load both in a new process and generate again", "What was saved is what was measured.")
     for name in (folder.FULL, folder.DELTA):
         command = [sys.executable, "-m", "pliant.cli", "generate", str(output / name), "--json"]
-        command += ["--max-new-tokens", str(plan.new_tokens), "--dtype", "bfloat16"]
+        command += ["--max-new-tokens", str(plan.new_tokens), "--dtype", rows.dtype_name()]
         for prompt in plan.prompts:
             command += ["--prompt", prompt]
         run = subprocess.run(command, capture_output=True, text=True, check=False)

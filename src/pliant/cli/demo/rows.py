@@ -108,13 +108,20 @@ class Measured:
         }
 
 
+def dtype_name() -> str:
+    """Returns ``bfloat16`` where this processor is fast in it, else ``float32``."""
+    from pliant.training.plan import multiplies_bfloat16
+
+    return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
 def load_base() -> Any:
-    """Returns a fresh base in bfloat16."""
+    """Returns a fresh base, in what this processor is fast in."""
     import torch
 
     from pliant.models import load
 
-    return load(BASE, dtype=torch.bfloat16).eval()
+    return load(BASE, dtype=getattr(torch, dtype_name())).eval()
 
 
 def measure(

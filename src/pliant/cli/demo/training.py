@@ -76,7 +76,7 @@ def train(model: Any, before: rows.Measured, evaluation: "Tensor", steps: int, o
             batch_size=BATCH,
             lr=LR,
             warmup_steps=min(5, steps),
-            mixed_precision="bf16",
+            mixed_precision="bf16" if rows.dtype_name() == "bfloat16" else "no",
             log_steps=max(1, steps // 10),
         ),
     )
