@@ -77,7 +77,7 @@ def keep(name: str, rows: Sequence[dict[str, Any]]) -> None:
     file = RESULTS / f"{name}.json"
     stored = json.loads(file.read_text()) if file.exists() else {"rows": [], "commands": []}
     by_settings = {tuple(row[key] for key in SETTINGS): row for row in [*stored["rows"], *rows]}
-    save(name, {"rows": list(by_settings.values()), "commands": stored["commands"]})
+    save(name, {"rows": [row for _, row in sorted(by_settings.items())], "commands": stored["commands"]})
 
 
 def measure(

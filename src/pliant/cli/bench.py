@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pliant.cli.console import results, say_step
 from pliant.errors import ConfigError, DataError
+from pliant.json_files import read_object
 
 SUITE = "suite.toml"
 STDERR = 2
@@ -188,9 +189,4 @@ def _chosen(jobs: Mapping[str, Job], names: list[str] | None) -> list[Job]:
 
 def _read(file: Path) -> Any:
     """What is stored; nothing where there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} must be JSON; {error}. Restore it, or delete it.") from error
+    return read_object(file, holds="figures by name", remedy="Restore it, or delete it.") if file.exists() else {}

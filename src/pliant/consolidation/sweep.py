@@ -29,6 +29,7 @@ from pliant.consolidation.resources import Text, resources_of
 from pliant.consolidation.rows import Row, fill_token, gathered, open_ids, padded, row
 from pliant.consolidation.settings import SUBJECT_SHARE, Consolidation, closed_layers
 from pliant.errors import EditError
+from pliant.json_files import read_object
 from pliant.key_moments import NUM_TOKENS
 from pliant.models import DynamicCausalLM
 from pliant.models.bases import cache_dir
@@ -132,10 +133,9 @@ def sweep_layers(
     """
     settings = replace(settings or Consolidation(), layers=None, positions="answer")
     file = cache_dir() / _FOLDER / f"{base_of(model)}.json"
-    try:
-        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise EditError(f"{file} must hold what was found before, as JSON; it does not ({error}). Delete it.") from None
+    known = {}
+    if file.exists():
+        known = read_object(file, holds="what was found before", remedy="Delete it.", error=EditError)
     key = _key(model, settings)
     if key not in known:
         known[key] = _best(model, tokenizer, settings, text, num_tokens, progress)

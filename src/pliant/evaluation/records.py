@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pliant.errors import ConfigError, DataError
+from pliant.json_files import read_object
 
 Record = dict[str, Any]
 
@@ -95,15 +96,7 @@ def read_settings(path: str | os.PathLike) -> Record:
     Raises:
         ConfigError: The file is damaged.
     """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} must be JSON; it is damaged: {error}. Choose another output folder.") from error
-    if not isinstance(found, dict):
-        raise ConfigError(
-            f"{path} must hold settings by name; it holds a {type(found).__name__}. Choose another output folder."
-        )
-    return found
+    return read_object(path, holds="settings by name", remedy="Choose another output folder.", error=ConfigError)
 
 
 def check_settings(path: str | os.PathLike, settings: Mapping[str, Any]) -> None:

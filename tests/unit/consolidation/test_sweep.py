@@ -137,7 +137,7 @@ def test_a_damaged_file_is_named(look: Callable[..., Consolidation], cache: Path
     found = look()
     (file,) = (cache / "layer-sweeps").iterdir()
     file.write_text("{")
-    with pytest.raises(EditError, match=r"layer-sweeps/.*json must hold what was found before.*Delete it"):
+    with pytest.raises(EditError, match=r"layer-sweeps/.*json must be JSON; it is damaged.*Delete it"):
         look()
     file.unlink()
     assert look() == found

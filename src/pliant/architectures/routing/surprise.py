@@ -188,7 +188,7 @@ class SurpriseRouter(Router):
         documents: Int[Tensor, "batch seq"] | None = None,
         memory: Memory | None = None,
     ) -> tuple[PerToken, PerToken]:
-        """Returns ``g``, that is S_ce, S_cu or ``S_ce + S_cu − S_ce S_cu``, and ``−log(1 − g)``.
+        """Returns ``g``, that is S_ce, S_cu or ``S_ce + S_cu − S_ce S_cu``, and ``−log(1 − g) = Σ softplus(β C)``.
 
         The latter puts tokens in the same order, and still tells those apart whose g rounds to 1.
 
@@ -198,16 +198,15 @@ class SurpriseRouter(Router):
             documents: Document of each token, −1 for padding; ``None`` for one document and no padding.
             memory: What is kept of earlier forwards; ``None`` without a cache.
         """
-        logits = []
+        scores = []
         if self.expected_slope is not None and self.expected_offset is not None:
             offset = (functional.softplus(self.expected_offset) + OFFSET_FLOOR).log()
-            logits.append(functional.softplus(self.expected_slope) * (static - (changed - offset)))
+            scores.append(functional.softplus(functional.softplus(self.expected_slope) * (static - (changed - offset))))
         if self.unexpected_slope is not None and self.unexpected_margin is not None:
             margin = functional.softplus(self.unexpected_margin) * moving_average(static, documents, memory)
-            logits.append(functional.softplus(self.unexpected_slope) * (static - margin))
-        shares = [logit.sigmoid() for logit in logits]
-        gate = shares[0] if len(shares) == 1 else shares[0] + shares[1] - shares[0] * shares[1]
-        return gate, torch.stack([functional.softplus(logit) for logit in logits]).sum(0)
+            scores.append(functional.softplus(functional.softplus(self.unexpected_slope) * (static - margin)))
+        score = scores[0] if len(scores) == 1 else scores[0] + scores[1]
+        return -torch.expm1(-score), score
 
 
 def check_numbers(config: Any, *names: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pliant.cli.demo.folder import FULL, MADE_BY, TRAINING
 from pliant.errors import DataError
+from pliant.json_files import read_object
 
 METRICS, SAMPLES, SETTINGS = "metrics.jsonl", "samples.jsonl", "config.yaml"
 DEMO, TASKS, COMPARISON, UNTOUCHED = "demo.json", "results.json", "comparison.json", "before.jsonl"
@@ -213,13 +214,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         DataError: It is damaged, or holds something else.
     """
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken UTF-8 too
-        raise DataError(f"{file} must be JSON; it is damaged: {error}. Write it again, or leave it out.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{file} must hold a JSON object; it holds a {type(record).__name__}. Leave it out.")
-    return record
+    return read_object(file, holds="a JSON object", remedy="Write it again, or leave it out.")
 
 
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -24,6 +24,7 @@ from pliant.evaluation.comparison.measures import Yardstick, yardstick
 from pliant.evaluation.comparison.methods import FROZEN, Contender, base_settings
 from pliant.evaluation.comparison.plan import METRIC, SETTINGS_FILE, ComparisonPlan, plan_comparison
 from pliant.evaluation.records import check_settings
+from pliant.json_files import read_object
 from pliant.models import DynamicCausalLM
 from pliant.models.staging import replaced
 from pliant.statistics import Progress
@@ -143,11 +144,8 @@ class _Comparison:
             start = {"format": FORMAT, "metric": METRIC, "environment": environment(), "reference": self.plan.reference}
             empty = {"contenders": {}, "runs": [], "base": None, "cost": {}, "cost_reference": None, "tokens": []}
             return {**start, **empty, "steps": {}}
-        try:
-            state = json.loads(self.file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{self.file} must be JSON; it is damaged: {error}. Choose another output.") from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+        state = read_object(self.file, holds="a comparison", remedy="Choose another output.", error=ConfigError)
+        if state.get("format") != FORMAT:
             raise ConfigError(f"{self.file} must be a comparison of format {FORMAT}; it is not. Choose another output.")
         return {"steps": {}, **state}
 

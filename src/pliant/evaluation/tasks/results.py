@@ -10,6 +10,7 @@ from pliant.errors import DataError
 from pliant.evaluation.editing.figures import as_json
 from pliant.evaluation.intervals import is_number, paired_difference, summary
 from pliant.evaluation.records import Record
+from pliant.json_files import read_object
 from pliant.models.staging import replaced
 
 MODEL, BASE = "model", "base"
@@ -106,15 +107,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         DataError: It is damaged.
     """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} must be JSON; it is damaged: {error}. Delete it, and it is made again.") from error
-    if not isinstance(found, dict):
-        raise DataError(
-            f"{file} must hold results by name; it holds a {type(found).__name__}. Delete it, and it is made again."
-        )
-    return found
+    return read_object(file, holds="results by name", remedy="Delete it, and it is made again.")
 
 
 def _merge(into: dict[str, Any], found: Mapping[str, Any]) -> None:
