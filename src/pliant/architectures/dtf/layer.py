@@ -8,6 +8,7 @@ t alone, it is held against the threshold as it is, and needs no predictor.
 
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -112,6 +113,8 @@ class DtfLayer(RoutedLayer):
             signals = {"foreseen": entry + foreseen, "h": h}
             if log_variance is not None:
                 signals["log_variance"] = log_variance
+            if (always := self._always_run(scores, documents, memory)) is not None:
+                signals["always"] = always
         return Route(scores=scores, gate=gate, signals=signals)
 
     def skip(self, h: Hidden) -> Hidden:
@@ -119,13 +122,16 @@ class DtfLayer(RoutedLayer):
         return h + self.prior(h)[0].to(h.dtype) if self.layer_config.forecast else h
 
     def losses(self, route: Route, runs: Bool[Tensor, "batch seq"]) -> dict[str, tuple[float, Float[Tensor, "..."]]]:
-        """The prior's error at the decision layer's output; with a forecast, also at what this layer does."""
+        """The prior's error at the decision layer's output; with a forecast, also at what this layer does.
+
+        Tokens that always run do not count: their surprise decides nothing, and the first of a document changes by so
+        much that its error would be all of the loss.
+        """
         weight, h = self.layer_config.prior_loss_weight, route.signals["h"]
-        error = h.detach().float() - route.signals["foreseen"]
-        losses: dict[str, tuple[float, PerToken]] = {
-            "prior": (weight, divergence(error, route.signals.get("log_variance")))
-        }
+        missed = divergence(h.detach().float() - route.signals["foreseen"], route.signals.get("log_variance"))
+        counted = ~route.signals["always"] if "always" in route.signals else torch.ones_like(runs)
+        losses: dict[str, tuple[float, PerToken]] = {"prior": (weight, missed * counted)}
         if self.layer_config.forecast:
-            missed = mean_square(self.prior(h)[0] - route.signals["increment"].float())
-            losses["forecast"] = (weight, missed * runs)
+            error = mean_square(self.prior(h)[0] - route.signals["increment"].float())
+            losses["forecast"] = (weight, error * (runs & counted))
         return losses

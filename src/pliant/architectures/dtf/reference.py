@@ -5,7 +5,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pliant.architectures.dtf.layer import DtfLayer
-from pliant.architectures.routing.reference import Reference, Rope, Ropes, Row, RowRoute, by_row, finished, routed_row
+from pliant.architectures.routing.reference import (
+    Reference,
+    Rope,
+    Ropes,
+    Row,
+    RowRoute,
+    by_row,
+    finished,
+    first_tokens,
+    routed_row,
+)
 from pliant.architectures.routing.surprise_reference import distance, foreseen, surprise_of
 
 
@@ -26,6 +36,8 @@ def reference_output(
             static.append((h_t - entry_t).square().mean())
             changed.append(distance(h_t - entry_t, mean, log_variance))
             losses.append(distance(h_t.detach() - entry_t, mean, log_variance))
+        for t in first_tokens(owners):
+            losses[t] = torch.zeros(())
         gate, scores = surprise_of(layer.router, static, changed, owners)
         has_forecast = layer.layer_config.forecast
         before, after, chosen = routed_row(
@@ -36,7 +48,7 @@ def reference_output(
             RowRoute(scores=scores, ranks=scores, gate=gate),
             skip=lambda h_t: h_t + foreseen(layer.prior, h_t)[0] if has_forecast else h_t,
         )
-        for t in chosen if has_forecast else []:
+        for t in set(chosen) - set(first_tokens(owners)) if has_forecast else []:
             increment = (after[t] - before[t]).detach()
             losses[t] = losses[t] + (foreseen(layer.prior, before[t])[0] - increment).square().mean()
         return finished(layer, after, rope), chosen, [layer.layer_config.prior_loss_weight * loss for loss in losses]

@@ -89,7 +89,7 @@ def who_runs(layer: RoutedLayer, route: RowRoute, documents: list[int]) -> list[
 
     The first token of a document runs in any case, unless it is the MLP alone that tokens skip.
     """
-    leading = {} if layer.part == "mlp" else {documents.index(d): torch.tensor(math.inf) for d in set(documents) - {-1}}
+    leading = {} if layer.part == "mlp" else dict.fromkeys(first_tokens(documents), torch.tensor(math.inf))
     if layer.training and not layer.by_threshold:
         return highest_of(layer, [leading.get(t, rank) for t, rank in enumerate(route.ranks)], documents)
     scores = [leading.get(t, score) for t, score in enumerate(route.scores)]
@@ -104,6 +104,11 @@ def who_runs(layer: RoutedLayer, route: RowRoute, documents: list[int]) -> list[
     if layer.training and counted and not ran:
         return [max(counted, key=lambda t: float(scores[t].detach()))]
     return ran
+
+
+def first_tokens(documents: list[int]) -> list[int]:
+    """Returns the first token of each document."""
+    return [documents.index(document) for document in set(documents) - {-1}]
 
 
 def highest_of(layer: RoutedLayer, ranks: Sequence[Tensor], documents: list[int]) -> list[int]:
