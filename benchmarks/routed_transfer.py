@@ -1,4 +1,4 @@
-r"""Claim: which tokens to leave out is worth learning: routed attention beside random tokens, and a shallower model.
+r"""Claim: what it is worth to learn which tokens to leave out: routed attention, random tokens, a shallower model.
 
 Every method starts from the embedded base, trains all weights for the same steps on the same text (embedded English
 without LAMBADA's passages, and --domain) at each of the same learning rates, and keeps the one with the best perplexity
