@@ -413,7 +413,7 @@ def test_processes_stop_at_the_same_step(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, env=environment)
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=60)[0].decode() for process in processes]
+    outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
     assert outputs == ["stopped 2 True SIGTERM\n"] * 2
 
 
