@@ -74,20 +74,26 @@ def answer_log_probs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def score_tokens(model: PreTrainedModel, pairs: Sequence[PairTokens]) -> AnswerScores:
     """Does what :func:`answer_log_probs` does, for pairs of tokens.
 
-    Batches are padded on the right, where causal attention sees nothing of it.
+    Batches are padded on the right, where causal attention sees nothing of it. What comes before the last token of an
+    answer is read once, however many pairs share it: answers of one token to one prompt cost as much as one of them.
     """
     device = input_device(model)
     total = torch.zeros(len(pairs))
     matches, ties = torch.zeros(2, len(pairs), dtype=torch.int64)
+    owners: dict[tuple[int, ...], list[int]] = {}
+    for index, (prompt, answer) in enumerate(pairs):
+        owners.setdefault((*prompt, *answer[:-1]), []).append(index)
+    texts = list(owners)
     with evaluating(model):
-        for batch in _batches([len(prompt) + len(answer) for prompt, answer in pairs]):
-            rows = [torch.tensor(pairs[i][0] + pairs[i][1]) for i in batch]
+        for batch in _batches([len(text) for text in texts]):
+            rows = [torch.tensor(texts[i]) for i in batch]
             inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
             hidden = model.model(inputs, use_cache=False).last_hidden_state
             where = [
-                (row, len(pairs[i][0]) + t - 1, token, i)
+                (row, len(pairs[owner][0]) + t - 1, token, owner)
                 for row, i in enumerate(batch)
-                for t, token in enumerate(pairs[i][1])
+                for owner in owners[texts[i]]
+                for t, token in enumerate(pairs[owner][1])
             ]
             for start in range(0, len(where), LOGITS_CHUNK):
                 row, position, token, owner = torch.tensor(where[start : start + LOGITS_CHUNK]).unbind(1)

@@ -54,6 +54,19 @@ def test_log_probs_are_those_of_each_text_alone(
     torch.testing.assert_close(scores.mean, scores.total / scores.tokens)
 
 
+def test_what_pairs_share_is_read_once(make_base: Callable[..., Any]):
+    model, read = make_base(), []
+    pairs = [([2, 3, 4], [5]), ([2, 3, 4], [6]), ([2, 3], [4, 7]), ([2, 3, 4], [5]), ([2, 3, 4], [5, 6])]
+    handle = model.model.register_forward_pre_hook(lambda _, arguments: read.extend(arguments[0].tolist()))
+    scores = score_tokens(model, pairs)
+    handle.remove()
+    assert read == [[2, 3, 4, 0], [2, 3, 4, 5]]
+    for index, (prompt, answer) in enumerate(pairs):
+        total, matches = by_hand(model, prompt, answer)
+        assert scores.total[index].item() == pytest.approx(total, rel=1e-4)
+        assert scores.matches[index] == matches
+
+
 @torch.no_grad()
 def greedy(model: Any, prompt: list[int], steps: int) -> list[int]:
     tokens = list(prompt)
