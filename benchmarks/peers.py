@@ -1,8 +1,8 @@
 """Claim: what v1 costs in time beside peft's LoRA with as many parameters, in prefill, decode and a training step.
 
-Models of the embedded base in bf16: v1 at rank 16, LoRA of rank 16 on gate_proj, which has exactly as many parameters,
-and LoRA of rank 4 on all linear projections. Times are taken in turn; a figure is the median of the paired ratios of v1
-to LoRA, with its 95 % bootstrap interval. Usage: python benchmarks/peers.py [--rounds 16] [--device cpu]
+Models of the embedded base: v1 at rank 16, LoRA of rank 16 on gate_proj, which has exactly as many parameters, and LoRA
+of rank 4 on all linear projections. Times are taken in turn; a figure is the median of the paired ratios of v1 to LoRA,
+with its 95 % bootstrap interval. Usage: python benchmarks/peers.py [--rounds 16] [--device cpu] [--dtype bfloat16]
 """
 
 import argparse
@@ -36,10 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     arguments = parser.parse_args()
     random.seed(0)
-    models = {"v1 r=16": plastic(arguments.device)}
-    models |= {name: adapted(options, arguments.device) for name, options in ADAPTERS.items()}
+    place = {"dtype": getattr(torch, arguments.dtype), "device": arguments.device}
+    models = {"v1 r=16": plastic(**place), **{name: adapted(options, **place) for name, options in ADAPTERS.items()}}
     rows = []
     for phase, make in (("prefill", prefill), ("decode", decode), ("training step", training_step)):
         with torch.inference_mode(mode=make is not training_step):
@@ -50,23 +51,24 @@ def main() -> None:
             rows.append({"peer": name, "phase": phase, **paired(own, seconds)})
             print(f"{name:22} {phase:14} ×{rows[-1]['ratio']:.3f}", flush=True)
     parameters = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in models.items()}
-    save("peers", {"environment": environment(arguments.device), "trainable_parameters": parameters, "rows": rows})
+    where = {"environment": environment(arguments.device), "dtype": arguments.dtype}
+    save("peers", {**where, "trainable_parameters": parameters, "rows": rows})
 
 
-def plastic(device: str) -> PreTrainedModel:
+def plastic(**place: Any) -> PreTrainedModel:
     """The base with v1 in every layer, its modulation trainable alone."""
-    model = pliant.convert(base(device), pliant.NptConfig.preset("v1", rank=16))
+    model = pliant.convert(base(**place), pliant.NptConfig.preset("v1", rank=16))
     return model.freeze_base()
 
 
-def adapted(options: dict[str, Any], device: str) -> peft.PeftModel:
+def adapted(options: dict[str, Any], **place: Any) -> peft.PeftModel:
     """The base under LoRA."""
-    return peft.get_peft_model(base(device), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    return peft.get_peft_model(base(**place), peft.LoraConfig(task_type="CAUSAL_LM", **options))
 
 
-def base(device: str) -> PreTrainedModel:
+def base(*, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The embedded base."""
-    return pliant.load("smollm2-135m", dtype=torch.bfloat16).to(device).eval()
+    return pliant.load("smollm2-135m", dtype=dtype).to(device).eval()
 
 
 def inner(model: Any) -> PreTrainedModel:

@@ -1,20 +1,23 @@
-"""Claim: routed models write long texts in every way that generate knows, as varied as the dense model's, and finite.
+"""Claim: how varied the long texts of routed models are beside the dense model's, and whether they stay finite.
 
-Attention of every other layer at γ = 0.75, thresholds set on the default text, routers as conversion leaves them. 2,000
-tokens after one prompt, bf16: greedy, sampled (p = 0.95), with three beams, and assisted by the base as a draft. The
-figures are the entropy of n-grams beside the dense model's in the same way of decoding, and whether any logit was not
-finite, in bf16 and, over 128 greedy tokens, in fp16.
+Attention of every other layer at γ = 0.75, thresholds set on the default text, routers as conversion leaves them; and
+any checkpoint that --also names. 2,000 tokens after one prompt, bf16: greedy, sampled (p = 0.95), with three beams, and
+assisted by the base as a draft. The figures are the entropy of n-grams beside the dense model's in the same way of
+decoding, and whether any logit was not finite, in bf16 and, over 128 greedy tokens, in fp16. Texts that are written are
+not written again.
 
 Usage: python benchmarks/routed_generation.py [--new-tokens 2000]
 """
 
 import argparse
+import json
 import time
+from itertools import product
 from typing import Any
 
 import torch
 from quality import ngram_entropy
-from record import environment, save
+from record import RESULTS, environment, save
 from torch import Tensor
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
@@ -22,6 +25,7 @@ import pliant
 
 PROMPT = "The history of the city begins"
 HALF_PRECISION_TOKENS = 128
+NAME = "routed-generation"
 CONFIGS: dict[str, Any] = {
     "dense": None,
     "mod": pliant.ModConfig(capacity_gamma=0.75, granularity="attention"),
@@ -51,29 +55,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--new-tokens", type=int, default=2000)
     parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FOLDER", help="checkpoints to measure too")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     arguments = parser.parse_args()
-    rows = []
-    for name in arguments.models:
-        model = made(name, torch.bfloat16)
+    file = RESULTS / f"{NAME}.json"
+    result = json.loads(file.read_text()) if file.exists() else {"new_tokens": arguments.new_tokens, "rows": []}
+    if result["new_tokens"] != arguments.new_tokens:
+        raise SystemExit(f"{file} holds texts of {result['new_tokens']} tokens; move it away")
+    result["environment"] = environment()
+    asked = [(way, torch.bfloat16, arguments.new_tokens) for way in arguments.ways]
+    asked.append(("greedy, fp16", torch.float16, HALF_PRECISION_TOKENS))
+    given = dict(each.split("=", 1) for each in arguments.also)
+    for name, (way, dtype, count) in product([*arguments.models, *given], asked):
+        if any((row["model"], row["way"]) == (name, way) for row in result["rows"]):
+            continue
+        model = (pliant.load(given[name]) if name in given else made(name)).eval().to(dtype)
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        for way in arguments.ways:
-            row = {"model": name, "way": way, **written(model, tokenizer, way, arguments.new_tokens)}
-            rows.append(row)
-            print({key: value for key, value in row.items() if key != "text"}, flush=True)
-        row = {"model": name, "way": "greedy, fp16"}
-        rows.append({**row, **written(made(name, torch.float16), tokenizer, "greedy", HALF_PRECISION_TOKENS)})
-        print(rows[-1], flush=True)
-    save("routed-generation", {"environment": environment(), "new_tokens": arguments.new_tokens, "rows": rows})
+        row = {"model": name, "way": way, **written(model, tokenizer, way.partition(",")[0], count)}
+        print({key: value for key, value in row.items() if key != "text"}, flush=True)
+        result["rows"].append(row)
+        save(NAME, result)
 
 
-def made(name: str, dtype: torch.dtype) -> Any:
-    """The base, or a model routed from it."""
+def made(name: str) -> Any:
+    """The base, or a model routed from it, in fp32."""
     model: Any = pliant.load("smollm2-135m", dtype=torch.float32).eval()
     torch.manual_seed(0)
     if CONFIGS[name] is not None:
         pliant.convert(model, CONFIGS[name])
-    return model.to(dtype)
+    return model
 
 
 def written(model: Any, tokenizer: Any, way: str, count: int) -> dict[str, Any]:

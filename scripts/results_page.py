@@ -238,6 +238,63 @@ def _finetuning(results: Results) -> Iterator[Table]:
         )
 
 
+def _comparison(results: Results) -> Iterator[Table]:
+    result = results["comparison"]
+    columns = ("trainable parameters", "learning rate", "seeds", "validation loss", "difference to LoRA", "forgetting")
+
+    def row(name: str, found: Mapping[str, Any]) -> tuple[Any, ...]:
+        loss, deviation = f"{found['validation_loss']:.4f}", found["validation_loss_deviation"]
+        forgetting = found.get("forgetting")
+        return (
+            name,
+            found["parameters"],
+            found.get("learning_rate"),
+            found["seeds"],
+            loss if deviation is None else f"{loss} ± {deviation:.4f}",
+            spread(found["difference"]) if "compared_with" in found else None,
+            forgetting and f"{forgetting['perplexity_ratio']:.4f}, KL {forgetting['kl']:.4f}",
+        )
+
+    yield ("method and rank", *columns), [row(*item) for item in result["rows"].items()]
+    settings = result["settings"]
+    remark = (
+        f"{settings['steps']} steps of two rows, each cut at {settings['max_length']} tokens; {settings['validation']}",
+        f"validation rows with {result['tokens']:,} tokens. Forgetting is the perplexity of embedded text over the",
+        "base's, and KL(base ‖ model) in nats a token.",
+    )
+    yield remark, []
+    if asked := result.get("in_context"):
+        tasks = next(iter(asked.values()))
+        headings = ("task", "figure", *asked, "v1 less LoRA")
+        first = next(name for name in asked if name.startswith("v1"))
+        yield (
+            headings,
+            [
+                (
+                    task,
+                    figure.replace("_", " "),
+                    *(spread(found[task][figure]["value"]) for found in asked.values()),
+                    spread(asked[first][task][figure]["difference"]),
+                )
+                for task, figures in tasks.items()
+                for figure in figures
+            ],
+        )
+
+
+def _evaluation_table(results: Results) -> Iterator[Table]:
+    rows = results["evaluation-table"]["rows"]
+    tasks = list(rows[0]["tasks"])
+    yield (
+        ("model", *tasks, "perplexity"),
+        [(r["model"], *(spread(r["tasks"][task]) for task in tasks), spread(r["perplexity"])) for r in rows],
+    )
+    yield (
+        ("less the base", *tasks),
+        [(r["model"], *(spread(r["differences"][task]) for task in tasks)) for r in rows if "differences" in r],
+    )
+
+
 def _from_scratch(results: Results) -> Iterator[Table]:
     def rows(r: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         return [
@@ -429,8 +486,9 @@ def _baselines(results: Results) -> Iterator[Table]:
 
 
 def _peers(results: Results) -> Iterator[Table]:
-    rows = [(row["peer"], row["phase"], spread(row, "ratio")) for row in results["peers"]["rows"]]
-    yield ("peer", "phase", "v1's time over it"), rows
+    result = results["peers"]
+    rows = [(row["peer"], row["phase"], spread(row, "ratio")) for row in result["rows"]]
+    yield (f"peer, {result['dtype']}", "phase", "v1's time over it"), rows
 
 
 def _routed_speed(results: Results) -> Iterator[Table]:
@@ -568,6 +626,7 @@ SECTIONS: dict[str, Section] = {
     "equivalence_training.py": ("equivalence-training-*.json", _equivalence_training),
     "distillation_cost.py": ("distillation-cost.json", _distillation),
     "finetuning.py": ("finetuning.json", _finetuning),
+    "comparison.py": ("comparison.json", _comparison),
     "from_scratch.py": ("from-scratch-*.json", _from_scratch),
     "nf4_training.py": ("nf4-training.json", _nf4),
     "resume.py": ("resume.json", _resume),
@@ -582,6 +641,7 @@ SECTIONS: dict[str, Section] = {
     "routed_transfer.py": ("routed-transfer.json", _routed_transfer),
     "routed_from_scratch.py": ("routed-from-scratch.json", _routed_from_scratch),
     "routed_generation.py": ("routed-generation.json", _routed_generation),
+    "evaluation_table.py": ("evaluation-table.json", _evaluation_table),
     "evaluation_parity.py": ("evaluation-parity.json", _evaluation_parity),
     "evaluation_batching.py": ("evaluation-batching.json", _evaluation_batching),
 }
