@@ -52,9 +52,13 @@ def main() -> None:
         raise SystemExit(f"{file} holds rows of other settings: {result['settings']}; move it away")
     result["settings"] = settings
     for name, folder in asked(arguments):
-        if all(row["model"] != name for row in result["rows"]):
+        is_known = any(row["model"] == name for row in result["rows"])
+        if not is_known or (name == BASE and not samples_file(arguments, BASE, "mmlu").exists()):  # others need these
             make(name, folder, arguments)
-            result["rows"].append(measured(name, folder, arguments))
+            row = measured(name, folder, arguments)
+            if is_known:
+                continue
+            result["rows"].append(row)
             print({task: figure["value"] for task, figure in result["rows"][-1]["tasks"].items()}, flush=True)
             save(NAME, result)
 
@@ -67,9 +71,20 @@ def asked(arguments: argparse.Namespace) -> list[tuple[str, Path]]:
     return own[: 1 + len(closed)] + given + own[1 + len(closed) :]
 
 
+def place_of(name: str, arguments: argparse.Namespace) -> Path:
+    """Where everything about a model lies; of a trained one, for these settings alone."""
+    how = f"-{arguments.steps}-{arguments.lr:g}" if name.endswith(TRAINED) else ""
+    return arguments.work / f"{name}{how}"
+
+
 def folder_of(name: str, arguments: argparse.Namespace) -> Path:
     """Where a model lies that is made here."""
-    return arguments.work / name / "model"
+    return place_of(name, arguments) / "model"
+
+
+def samples_file(arguments: argparse.Namespace, name: str, task: str) -> Path:
+    """What came of each document of a task."""
+    return place_of(name, arguments) / f"scores/samples/model/{task}.jsonl"
 
 
 def make(name: str, folder: Path, arguments: argparse.Namespace) -> None:
@@ -104,7 +119,7 @@ def configure(name: str, arguments: argparse.Namespace) -> RunConfig:
             dataset_name=str(write_texts(arguments.work, None)[0]), max_length=WINDOW, max_validation_windows=4
         ),
         training=TrainingConfig(
-            output_dir=str(arguments.work / name / "run"),
+            output_dir=str(place_of(name, arguments) / "run"),
             max_steps=arguments.steps,
             batch_size=BATCH_SIZE,
             lr=arguments.lr,
@@ -118,12 +133,11 @@ def configure(name: str, arguments: argparse.Namespace) -> RunConfig:
 
 def measured(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One row, beside the base; ``pliant evaluate`` goes on where it was stopped."""
-    output = arguments.work / name / "scores"
     found = pliant.evaluate(
         pliant.load(folder, dtype=torch.float32).eval(),
         AutoTokenizer.from_pretrained(folder),
         tasks=["perplexity", *METRICS],
-        output=output,
+        output=place_of(name, arguments) / "scores",
         limit=arguments.limit,
         num_tokens=HELD_OUT_TOKENS,
         samples=False,
@@ -137,18 +151,17 @@ def measured(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
         "tasks": {task: tasks[task]["metrics"][metric]["model"] for task, metric in METRICS.items()},
     }
     if name != BASE:
-        against = arguments.work / BASE / "scores"
         row["differences"] = {
-            task: asdict(paired_difference(records(output, task), records(against, task), metric))
+            task: asdict(paired_difference(records(arguments, name, task), records(arguments, BASE, task), metric))
             for task, metric in METRICS.items()
         }
     return row
 
 
-def records(output: Path, task: str) -> list[dict[str, Any]]:
-    """What came of each document."""
-    lines = (output / f"samples/model/{task}.jsonl").read_text(encoding="utf-8").splitlines()
+def records(arguments: argparse.Namespace, name: str, task: str) -> list[dict[str, Any]]:
+    """A record a document."""
     metric = METRICS[task].partition(",")[0]
+    lines = samples_file(arguments, name, task).read_text(encoding="utf-8").splitlines()
     samples = [json.loads(line) for line in lines]
     return [{"id": f"{s['task']}-{s['doc_id']}", METRICS[task]: s[metric]} for s in samples]
 
