@@ -54,7 +54,7 @@ def export(
         results_file = found
     scores = None if results_file is None else read_results(results_file)
     folder = find_run(model)
-    run = None if folder is None else read_run(folder)
+    run = None if folder is None else read_run(folder, Path(model).name)
     say_step(f"Loading {model}")
     given = {"dtype": dtype, "device_map": None, "attn_implementation": None, "quantization": o.Quantization.NONE}
     loaded = o.load_model(model, given)

@@ -23,6 +23,7 @@ from pliant.cli.report.sources import read_lines
 from pliant.errors import DataError
 from pliant.models import DynamicCausalLM
 from pliant.models.bases import EMBEDDED
+from pliant.training.checkpoints import BEST
 from pliant.training.plan import CONFIG_FILE, METRICS_FILE
 
 RESULTS_FILE = "results.json"
@@ -49,12 +50,14 @@ class Run:
     Attributes:
         settings: Label → value.
         datasets: What it was trained on, without paths.
+        steps: How many it had taken.
         first: Validation metrics before the first step.
-        last: Those of the last evaluation.
+        last: Those of its last evaluation until then.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()
+    steps: int = 0
     first: Mapping[str, Any] = field(default_factory=dict)
     last: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,8 +82,12 @@ def find_run(model: str) -> Path | None:
     return next((p for p in places if (p / CONFIG_FILE).is_file() and (p / METRICS_FILE).is_file()), None)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, checkpoint: str = "") -> Run:
     """Reads the configuration and the metrics of a run.
+
+    Args:
+        folder: Of the run.
+        checkpoint: Name of the checkpoint in it that the account is to end at; anything else is its end.
 
     Raises:
         DataError: A file is damaged.
@@ -98,12 +105,26 @@ def read_run(folder: Path) -> Run:
         names = list(OmegaConf.select(config, "data.dataset_names") or ())
     else:
         names = [OmegaConf.select(config, "data.dataset_name")]
+    last, steps = _reached(evaluations, checkpoint)
     return Run(
         settings={label: value for label, value in values.items() if value is not None},
         datasets=tuple(_public_name(str(name)) for name in names if name),
+        steps=steps,
         first=next((entry for entry in evaluations if entry.get("step") == 0), {}),
-        last=evaluations[-1] if evaluations else {},
+        last=last,
     )
+
+
+def _reached(evaluations: list[dict[str, Any]], checkpoint: str) -> tuple[Mapping[str, Any], int]:
+    """The last evaluation of what a checkpoint holds, and its steps."""
+    if checkpoint == BEST:
+        of_training = [e for e in evaluations if e.get("step") and e["eval_perplexity"] is not None]
+        evaluations = [min(of_training, key=lambda entry: entry["eval_perplexity"])] if of_training else evaluations
+    elif (number := checkpoint.removeprefix("checkpoint-")).isdecimal():
+        evaluations = [entry for entry in evaluations if entry.get("step", 0) <= int(number)]
+        return (evaluations[-1] if evaluations else {}), int(number)
+    last = evaluations[-1] if evaluations else {}
+    return last, last.get("step", 0)
 
 
 def read_results(file: Path) -> list[Score]:
@@ -216,7 +237,7 @@ def _making(model: Any, run: Run | None) -> str:
         lines.append("- **Training:** no record of any beside the model.")
     else:
         told = ", ".join(f"{label} {value}" for label, value in run.settings.items())
-        lines.append(f"- **Training:** {told}; data {', '.join(run.datasets)}; {run.last.get('step', 0)} steps.")
+        lines.append(f"- **Training:** {told}; data {', '.join(run.datasets)}; {run.steps} steps.")
         if run.first and run.last:
             base = run.last.get("eval_base_perplexity")
             beside = f", base {base:.4g}" if base is not None else ""

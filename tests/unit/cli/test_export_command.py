@@ -252,3 +252,20 @@ def test_a_run_is_found_above_its_checkpoints_alone(checkpoint: Path, tmp_path: 
     assert find_run(str(other)) is None
     assert read_run(tmp_path / "run").settings["seed"] == 7
     assert [score.value for score in read_results(checkpoint / "results.json")] == [0.625, 0.61, 0.05]
+
+
+def test_the_account_of_a_run_ends_at_the_checkpoint(checkpoint: Path, tmp_path: Path):
+    lines = [
+        {"step": step, "eval_perplexity": value} for step, value in ((0, 90.0), (40, 22.0), (80, None), (200, 55.0))
+    ]
+    folder = tmp_path / "run"
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    expected = {
+        "": (200, 55.0),
+        "checkpoint-best": (40, 22.0),
+        "checkpoint-40": (40, 22.0),
+        "checkpoint-60": (60, 22.0),
+    }
+    found = {name: read_run(folder, name) for name in expected}
+    assert {name: (run.steps, run.last["eval_perplexity"]) for name, run in found.items()} == expected
+    assert all(run.first["eval_perplexity"] == 90.0 for run in found.values())

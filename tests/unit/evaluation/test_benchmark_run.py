@@ -338,6 +338,17 @@ def test_routed_layers_say_what_share_of_the_tokens_runs(make_routed, tokenizer,
     assert len(found["routing"]) == 2
 
 
+def test_layers_are_looked_at_anew_on_another_text(model, tokenizer, options, tmp_path, monkeypatch):
+    with monkeypatch.context() as embedded:
+        embedded.setattr(benchmark_run, "text_tokens", lambda *_, **__: torch.arange(2, 66))
+        first = measured(model, tokenizer, options, tasks=["arc_easy"], base=False, samples=False, data=None)
+    found = measured(model, tokenizer, options, tasks=["perplexity"], base=False, samples=False)
+    fresh = measured(model, tokenizer, options, tasks=["perplexity"], base=False, output=tmp_path / "fresh")
+    assert found["pliant"]["modulation"] == fresh["pliant"]["modulation"] != first["pliant"]["modulation"]
+    assert "shown" not in found["pliant"]
+    assert fresh["results"] == {}
+
+
 def test_without_held_out_text_tasks_are_compared_all_the_same(model, tokenizer, options, monkeypatch, caplog):
     def missing(*_arguments: Any, **_options: Any) -> None:
         raise DataError("the embedded texts are not installed")

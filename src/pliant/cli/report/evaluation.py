@@ -67,7 +67,8 @@ def _methods(record: Mapping[str, Any], table: Mapping[str, Any]) -> Table:
     columns = ["method", "parameters", "loss", "± seeds", "difference", "95 % interval", "KL forgotten", "ppl ×"]
     columns += ["time ×", "memory ×", "seeds"]
     reference = at(record, "reference")
-    note = f"Differences are to {reference} of the same budget; lower is better." if reference else "Lower is better."
+    beside = f"Differences are to {reference} of the nearest budget, of methods with a size of their own to the first. "
+    note = f"{beside if reference else ''}Lower is better."
     if any(number_at(own, "failed") for own in table.values()):
         note += " Of some methods not every seed ended in a finite loss; their figures are of those that did."
     return Table(title="Methods", columns=columns, rows=rows, note=note)

@@ -133,7 +133,8 @@ def _of_file(path: Path, name: str) -> list[Source]:
             f"{', '.join(map(repr, list(record)[:6])) or 'none'}. Name what 'pliant evaluate --json' has printed, or a "
             "folder."
         )
-    return [Source(kind=kind, name=path.stem if path.name not in MARKS else name, path=path, content=record)]
+    own = name if path.name in MARKS else name.removesuffix(path.suffix)
+    return [Source(kind=kind, name=own, path=path, content=record)]
 
 
 def _demo(path: Path, name: str) -> list[Source]:

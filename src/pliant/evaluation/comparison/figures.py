@@ -55,9 +55,10 @@ def summarise(plan: ComparisonPlan, comparison: Mapping[str, Any]) -> dict[str, 
 
     ``seeds`` is the number of runs that ended, which all else is about, and ``failed`` of those that did not.
     ``validation_loss`` and ``perplexity`` are means over seeds, with the ``deviation`` between them. ``difference`` is
-    to the reference of the same budget: the mean over validation rows of what the seeds give on average, row by row,
-    with a 95 % bootstrap interval over rows. ``forgetting`` has the perplexity on held-out text over that of the base,
-    and ``KL(base ‖ model)`` with its own difference; ``in_context`` by task what the questions give, likewise.
+    to the reference of the nearest budget, ``compared_with``: the mean over validation rows of what the seeds give on
+    average, row by row, with a 95 % bootstrap interval over rows. ``forgetting`` has the perplexity on held-out text
+    over that of the base, and ``KL(base ‖ model)`` with its own difference; ``in_context`` by task what the questions
+    give, likewise.
     """
     tokens, runs, base = comparison["tokens"], comparison["runs"], comparison["base"]
     finals = final_runs(plan, runs, tokens)

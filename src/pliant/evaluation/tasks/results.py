@@ -42,7 +42,7 @@ def assemble(folder: str | os.PathLike) -> dict[str, Any]:
         figures = _figures(_records(root, name, MODEL), base_records, facts.pop("metrics"))
         tasks[name] = {**facts, "metrics": figures}
     base_results = {key: sides[BASE][key] for key in ("results", "groups") if key in sides[BASE]}
-    return {**sides[MODEL], "pliant": {"tasks": tasks, "base": base_results}}
+    return {"results": {}, **sides[MODEL], "pliant": {"tasks": tasks, "base": base_results}}
 
 
 def _figures(records: list[Record], base: list[Record] | None, averaged: Sequence[str]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 SHOWN_WINDOWS = 1
 """Windows of held-out text on which layers are looked at."""
+SHOWN = "shown"
+"""Where it stands which text that was; what is known of another is measured anew."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -179,9 +181,11 @@ class _Run:
         """Returns what the model writes, and what its layers do; kept in a file of its own."""
         file = self.folder / "behaviour.json"
         found = read_json(file) if file.is_file() else {}
-        tokens = self._held_out_tokens() if self.model.dynamic_layers and "modulation" not in found else None
+        tokens = self._held_out_tokens() if self.model.dynamic_layers else None
         if tokens is not None:
-            found |= layer_figures(self.model, tokens[: SHOWN_WINDOWS * self.benchmarks.window])
+            shown = tokens[: SHOWN_WINDOWS * self.benchmarks.window]
+            if found.get(SHOWN) != (text := json_hash(shown.tolist())):
+                found |= {**layer_figures(self.model, shown), SHOWN: text}
         sides = 2 if self.with_base else 1
         if self.benchmarks.samples and len((found.get("samples") or [{}])[0]) < 1 + sides:
             if self.progress is not None:
@@ -190,7 +194,7 @@ class _Run:
             if self.progress is not None:
                 self.progress("Writing samples", 1, 1)
         write_json(file, found)
-        return found
+        return {name: value for name, value in found.items() if name != SHOWN}
 
     def _held_out_tokens(self) -> Any:
         """The text's tokens; None where no text is given and none is embedded, unless its perplexity is asked for."""

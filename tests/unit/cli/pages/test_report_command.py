@@ -285,6 +285,16 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path, folders):
     assert names == ["a/run", "b/run"]
 
 
+def test_files_of_the_same_name_are_told_apart(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "scores.json").write_text(
+            json.dumps({"results": {"piqa": {"acc,none": 0.5}}}), encoding="utf-8"
+        )
+    names = [source.name for source in read_sources([tmp_path / "a" / "scores.json", tmp_path / "b" / "scores.json"])]
+    assert names == ["a/scores", "b/scores"]
+
+
 def test_a_line_that_is_being_written_is_left_out_and_said(page, folders, tmp_path, caplog):
     text = (folders["fast"] / "metrics.jsonl").read_text(encoding="utf-8")
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 21, "lo', encoding="utf-8")
