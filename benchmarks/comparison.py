@@ -3,8 +3,8 @@
 Instruction tuning of the embedded base in fp32, adapters included: the same rows, order and steps for every method, two
 learning rates tried by each at the first seed (IA3's three times as high), then three seeds at the better one. The
 metric was fixed beforehand: mean -log p of the validation tokens. Forgetting is measured on embedded text, in-context
-tasks on the first seed of v1 and LoRA at the larger size. Differences are to LoRA of the same budget, with intervals
-over validation rows, windows or questions. Whatever is done in --work is not done again.
+tasks on the first seed of v1 and LoRA at the larger size. Differences are to LoRA of the same budget, IA3's to the
+smaller one, with intervals over validation rows, windows or questions. Whatever is done in --work is not done again.
 
 Usage: python benchmarks/comparison.py --data alpaca_en_demo.json
 """
@@ -31,18 +31,17 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=32, help="rows")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=25, help="of each in-context task; 0 for none")
-    parser.add_argument("--cost", action="store_true", help="measure step time and memory too; needs a quiet machine")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmarks/comparison"))
     arguments = parser.parse_args()
     result: dict[str, Any] = {"environment": environment(), "settings": settings(arguments)}
-    found = compare(arguments, methods=METHODS, budgets=BUDGETS, seeds=arguments.seeds, measure_cost=arguments.cost)
+    found = compare(arguments, methods=METHODS, budgets=BUDGETS, seeds=arguments.seeds)
     stopped(found)
     rows = {name: {**found["contenders"][name], **row} for name, row in found["summary"].items()}
-    result |= {"rows": rows, "tokens": sum(found["tokens"]), "cost": found["cost"]}
+    result |= {"rows": rows, "tokens": sum(found["tokens"])}
     save("comparison", result)
     if arguments.questions:
         only = {"methods": METHODS[:2], "budgets": BUDGETS[1:], "seeds": 1, "questions": arguments.questions}
-        found = compare(arguments, **only, measure_cost=False)
+        found = compare(arguments, **only)
         stopped(found)
         result["in_context"] = {name: row["in_context"] for name, row in found["summary"].items()}
         save("comparison", result)
@@ -63,6 +62,7 @@ def compare(arguments: argparse.Namespace, **options: Any) -> dict[str, Any]:
         learning_rates=RATES,
         rates_of={name: rates for name, rates in RATES_OF.items() if name in options["methods"]},
         held_out_tokens=HELD_OUT_TOKENS,
+        measure_cost=False,
         **options,
     )
 

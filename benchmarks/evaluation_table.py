@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 
 import pliant
 from pliant.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from pliant.evaluation import paired_difference
+from pliant.evaluation import Interval, paired_difference
+from pliant.evaluation.tasks.results import MODEL, task_records
 
 NAME, BASE, TRAINED = "evaluation-table", "base", "-trained"
 METRICS = {
@@ -51,16 +52,14 @@ def main() -> None:
     if result.get("settings", settings) != settings:
         raise SystemExit(f"{file} holds rows of other settings: {result['settings']}; move it away")
     result["settings"] = settings
-    for name, folder in asked(arguments):
-        is_known = any(row["model"] == name for row in result["rows"])
-        if not is_known or (name == BASE and not samples_file(arguments, BASE, "mmlu").exists()):  # others need these
-            make(name, folder, arguments)
-            row = measured(name, folder, arguments)
-            if is_known:
-                continue
-            result["rows"].append(row)
-            print({task: figure["value"] for task, figure in result["rows"][-1]["tasks"].items()}, flush=True)
-            save(NAME, result)
+    known = {row["model"] for row in result["rows"]}
+    missing = [(name, folder) for name, folder in asked(arguments) if name not in known]
+    if missing:  # all are compared with the base's documents, which a stored row does not hold
+        scored(BASE, folder_of(BASE, arguments), arguments)
+    for name, folder in missing:
+        result["rows"].append(measured(name, folder, arguments))
+        print({task: figure["value"] for task, figure in result["rows"][-1]["tasks"].items()}, flush=True)
+        save(NAME, result)
 
 
 def asked(arguments: argparse.Namespace) -> list[tuple[str, Path]]:
@@ -82,9 +81,9 @@ def folder_of(name: str, arguments: argparse.Namespace) -> Path:
     return place_of(name, arguments) / "model"
 
 
-def samples_file(arguments: argparse.Namespace, name: str, task: str) -> Path:
-    """What came of each document of a task."""
-    return place_of(name, arguments) / f"scores/samples/model/{task}.jsonl"
+def scores_of(name: str, arguments: argparse.Namespace) -> Path:
+    """Where what ``pliant evaluate`` finds of a model lies."""
+    return place_of(name, arguments) / "scores"
 
 
 def make(name: str, folder: Path, arguments: argparse.Namespace) -> None:
@@ -131,39 +130,39 @@ def configure(name: str, arguments: argparse.Namespace) -> RunConfig:
     )
 
 
-def measured(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One row, beside the base; ``pliant evaluate`` goes on where it was stopped."""
-    found = pliant.evaluate(
+def scored(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``pliant evaluate`` finds of a model, which is made first; what is complete is not run again."""
+    make(name, folder, arguments)
+    return pliant.evaluate(
         pliant.load(folder, dtype=torch.float32).eval(),
         AutoTokenizer.from_pretrained(folder),
         tasks=["perplexity", *METRICS],
-        output=place_of(name, arguments) / "scores",
+        output=scores_of(name, arguments),
         limit=arguments.limit,
         num_tokens=HELD_OUT_TOKENS,
         samples=False,
         base=False,
-    )
-    tasks = found["pliant"]["tasks"]
+    )["pliant"]
+
+
+def measured(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table, beside the base."""
+    found = scored(name, folder, arguments)
     row: dict[str, Any] = {
         "model": name,
         "environment": environment(),
-        "perplexity": found["pliant"]["held_out"]["perplexity"],
-        "tasks": {task: tasks[task]["metrics"][metric]["model"] for task, metric in METRICS.items()},
+        "perplexity": found["held_out"]["perplexity"],
+        "tasks": {task: found["tasks"][task]["metrics"][metric]["model"] for task, metric in METRICS.items()},
     }
     if name != BASE:
-        row["differences"] = {
-            task: asdict(paired_difference(records(arguments, name, task), records(arguments, BASE, task), metric))
-            for task, metric in METRICS.items()
-        }
+        row["differences"] = {task: asdict(difference(name, task, arguments)) for task in METRICS}
     return row
 
 
-def records(arguments: argparse.Namespace, name: str, task: str) -> list[dict[str, Any]]:
-    """A record a document."""
-    metric = METRICS[task].partition(",")[0]
-    lines = samples_file(arguments, name, task).read_text(encoding="utf-8").splitlines()
-    samples = [json.loads(line) for line in lines]
-    return [{"id": f"{s['task']}-{s['doc_id']}", METRICS[task]: s[metric]} for s in samples]
+def difference(name: str, task: str, arguments: argparse.Namespace) -> Interval:
+    """What a model has over the base, document by document."""
+    own, base = (task_records(scores_of(side, arguments), task, MODEL) for side in (name, BASE))
+    return paired_difference(own, base, METRICS[task])
 
 
 if __name__ == "__main__":

@@ -62,20 +62,16 @@ def main() -> None:
     result = json.loads(file.read_text()) if file.exists() else {"new_tokens": arguments.new_tokens, "rows": []}
     if result["new_tokens"] != arguments.new_tokens:
         raise SystemExit(f"{file} holds texts of {result['new_tokens']} tokens; move it away")
-    asked = [(way, torch.bfloat16, arguments.new_tokens) for way in arguments.ways]
-    asked.append(("greedy, fp16", torch.float16, HALF_PRECISION_TOKENS))
+    asked = [(way, way, torch.bfloat16, arguments.new_tokens) for way in arguments.ways]
+    asked.append(("greedy, fp16", "greedy", torch.float16, HALF_PRECISION_TOKENS))
     given = dict(each.split("=", 1) for each in arguments.also)
-    for name, (way, dtype, count) in product([*arguments.models, *given], asked):
-        if any((row["model"], row["way"]) == (name, way) for row in result["rows"]):
+    for name, (label, way, dtype, count) in product([*arguments.models, *given], asked):
+        if any((row["model"], row["way"]) == (name, label) for row in result["rows"]):
             continue
         model = (pliant.load(given[name]) if name in given else made(name)).eval().to(dtype)
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        row = {
-            "model": name,
-            "way": way,
-            "environment": environment(),
-            **written(model, tokenizer, way.partition(",")[0], count),
-        }
+        row = {"model": name, "way": label, "environment": environment()}
+        row |= written(model, tokenizer, way, count)
         print({key: value for key, value in row.items() if key != "text"}, flush=True)
         result["rows"].append(row)
         save(NAME, result)

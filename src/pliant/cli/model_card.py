@@ -23,7 +23,7 @@ from pliant.cli.report.sources import read_lines
 from pliant.errors import DataError
 from pliant.models import DynamicCausalLM
 from pliant.models.bases import EMBEDDED
-from pliant.training.checkpoints import BEST
+from pliant.training.checkpoints import BEST, step_of
 from pliant.training.plan import CONFIG_FILE, METRICS_FILE
 
 RESULTS_FILE = "results.json"
@@ -120,9 +120,8 @@ def _reached(evaluations: list[dict[str, Any]], checkpoint: str) -> tuple[Mappin
     if checkpoint == BEST:
         of_training = [e for e in evaluations if e.get("step") and e["eval_perplexity"] is not None]
         evaluations = [min(of_training, key=lambda entry: entry["eval_perplexity"])] if of_training else evaluations
-    elif (number := checkpoint.removeprefix("checkpoint-")).isdecimal():
-        evaluations = [entry for entry in evaluations if entry.get("step", 0) <= int(number)]
-        return (evaluations[-1] if evaluations else {}), int(number)
+    elif (number := step_of(checkpoint)) is not None:
+        return next((entry for entry in reversed(evaluations) if entry.get("step", 0) <= number), {}), number
     last = evaluations[-1] if evaluations else {}
     return last, last.get("step", 0)
 

@@ -33,10 +33,16 @@ def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return next((path for path in reversed(_numbered(output_dir)) if (path / STATE_FILE).is_file()), None)
 
 
+def step_of(name: str) -> int | None:
+    """Returns N of ``checkpoint-N``, or ``None`` for any other name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", name)
+    return int(match[1]) if match else None
+
+
 def _numbered(output_dir: str | os.PathLike) -> list[Path]:
     """The folders ``checkpoint-N`` of a run, oldest first."""
     found = Path(output_dir).glob("checkpoint-*")
-    numbers = {path: int(match[1]) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    numbers = {path: step for path in found if (step := step_of(path.name)) is not None}
     return sorted(numbers, key=numbers.__getitem__)
 
 

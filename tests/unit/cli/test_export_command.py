@@ -262,6 +262,7 @@ def test_the_account_of_a_run_ends_at_the_checkpoint(checkpoint: Path, tmp_path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     expected = {
         "": (200, 55.0),
+        "40": (200, 55.0),
         "checkpoint-best": (40, 22.0),
         "checkpoint-40": (40, 22.0),
         "checkpoint-60": (60, 22.0),

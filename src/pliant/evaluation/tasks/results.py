@@ -38,8 +38,8 @@ def assemble(folder: str | os.PathLike) -> dict[str, Any]:
             base = _side(root, name, BASE)
             facts["base_seconds"] = base.pop("pliant")["seconds"]
             _merge(sides[BASE], base)
-            base_records = _records(root, name, BASE)
-        figures = _figures(_records(root, name, MODEL), base_records, facts.pop("metrics"))
+            base_records = task_records(root, name, BASE)
+        figures = _figures(task_records(root, name, MODEL), base_records, facts.pop("metrics"))
         tasks[name] = {**facts, "metrics": figures}
     base_results = {key: sides[BASE][key] for key in ("results", "groups") if key in sides[BASE]}
     return {"results": {}, **sides[MODEL], "pliant": {"tasks": tasks, "base": base_results}}
@@ -76,7 +76,7 @@ def _side(folder: Path, name: str, side: str) -> dict[str, Any]:
     return found
 
 
-def _records(folder: Path, name: str, side: str) -> list[Record]:
+def task_records(folder: Path, name: str, side: str) -> list[Record]:
     """Returns a record a document, its metrics named as lm-eval names them: ``metric,filter``.
 
     Raises:
