@@ -4,9 +4,10 @@ Every method starts from the embedded base, trains all weights for the same step
 without LAMBADA's passages, and --domain) at each of the same learning rates, and keeps the one with the best perplexity
 on a slice of --domain that no method trains on. Methods: mod and dtf (attention of every other layer, γ of the tokens),
 random (the same with a hash of the position for a score), shallower (dense, without the layers whose linear FLOPs the
-others save, chosen greedily by perplexity on that slice), and dense. The metric was fixed beforehand: WikiText-2 test
-perplexity (first 12,288 tokens, windows of 512, fp32) over that of the untouched base; LAMBADA (500) and HellaSwag
-(200), in what is trained in, stand beside it. Runs that are done are not repeated.
+others save, chosen greedily by perplexity on that slice), and dense. With --layers cheapest all route the third of the
+layers that the base does best without and that pair up for dtf; these results have a file of their own. The metric was
+fixed beforehand: WikiText-2 test perplexity (first 12,288 tokens, windows of 512, fp32) over that of the untouched
+base; LAMBADA (500) and HellaSwag (200), in what is trained in, stand beside it. Runs that are done are not repeated.
 
 Usage: python benchmarks/routed_transfer.py --text wikitext-2/test.txt --domain wikitext-2/valid.txt
 """
@@ -33,8 +34,11 @@ from pliant.architectures.base import Architecture
 from pliant.architectures.routing import Memory, Route, RoutedLayer, Router
 from pliant.architectures.routing.config import RoutedConfig
 from pliant.config import DataConfig, LrMultipliers, ModelConfig, RunConfig, TrainingConfig
+from pliant.conversion import cheapest_layers
+from pliant.conversion.cheapest import CHEAPEST
 from pliant.data import calibration_tokens, read_text, token_windows
 from pliant.evaluation import choice_records, hellaswag
+from pliant.models import select_layers
 
 METHODS = ("mod", "dtf", "random", "shallower", "dense")
 ROUTED = ("mod", "dtf", "random")
@@ -83,30 +87,36 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="to measure on")
     parser.add_argument("--domain", type=Path, required=True, help="more text to train on")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--layers", choices=("alternate", CHEAPEST), default="alternate", help="that are routed")
     parser.add_argument("--capacity", type=float, default=0.75)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-5, 1e-4])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
-    parser.add_argument("--work", type=Path, default=Path("outputs/benchmarks/routed-transfer"))
+    parser.add_argument("--work", type=Path, help="by default a folder of that choice of layers in outputs/benchmarks")
     arguments = parser.parse_args()
-    file = RESULTS / f"{NAME}.json"
+    name = NAME if arguments.layers == "alternate" else f"{NAME}-{arguments.layers}"
+    arguments.work = arguments.work or Path("outputs/benchmarks") / name
+    file = RESULTS / f"{name}.json"
     result = json.loads(file.read_text()) if file.exists() else {"runs": []}
     settings = {key: getattr(arguments, key) for key in ("capacity", "steps", "batch_size", "seed", "dtype")}
     if result.get("settings", settings) != settings:
         raise SystemExit(f"{file} holds runs of other settings: {result['settings']}; move it away")
-    result |= {"environment": environment(), "settings": settings, "linear_flops": flops(arguments.capacity)}
     texts = Texts(arguments)
+    if "layers" not in result:
+        result["layers"] = routed_layers(arguments.layers, texts)
+    arguments.routed = result["layers"]
+    result |= {"environment": environment(), "settings": settings, "linear_flops": flops(arguments)}
     for method in arguments.methods:
         for lr in arguments.lrs:
             if not any((run["method"], run["lr"]) == (method, lr) for run in result["runs"]):
                 result["runs"].append(run(method, lr, arguments, texts))
                 print(result["runs"][-1], flush=True)
-                save(NAME, result)
+                save(name, result)
     if "untouched" not in result:
         result["untouched"] = texts.qualities("smollm2-135m")
-        save(NAME, result)
+        save(name, result)
     chosen = result.setdefault("chosen", {})
     for method in dict.fromkeys(run["method"] for run in result["runs"]):
         best = min((r for r in result["runs"] if r["method"] == method), key=lambda r: r["search_perplexity"])
@@ -115,7 +125,15 @@ def main() -> None:
             ratio = found["perplexity"] / result["untouched"]["perplexity"]
             chosen[method] = {**best, **found, "ratio": ratio}
             print(method, chosen[method], flush=True)
-            save(NAME, result)
+            save(name, result)
+
+
+def routed_layers(layers: str, texts: "Texts") -> list[int]:
+    """The layers that every method routes."""
+    if layers == CHEAPEST:
+        base: Any = pliant.load("smollm2-135m", dtype=texts.dtype).eval()
+        return cheapest_layers(base, pliant.DtfConfig(granularity="attention"), calibration=texts.calibration)
+    return select_layers(layers, pliant.load("smollm2-135m").config.num_hidden_layers)
 
 
 class Texts:
@@ -170,6 +188,7 @@ def configure(method: str, lr: float, base: str, arguments: argparse.Namespace, 
     """The run of one method: only what is dynamic differs."""
     is_routed = method in ROUTED
     options = {"capacity_gamma": arguments.capacity, "granularity": "attention"} if is_routed else {}
+    options |= {"layers": arguments.routed} if is_routed else {}
     schedule = {"capacity_anneal_fraction": 0.3, "threshold_fraction": 0.1} if is_routed else {}
     return RunConfig(
         model_type=method if is_routed else "dense",
@@ -198,17 +217,18 @@ def configure(method: str, lr: float, base: str, arguments: argparse.Namespace, 
     )
 
 
-def flops(capacity: float) -> dict[str, float]:
+def flops(arguments: argparse.Namespace) -> dict[str, float]:
     """Linear FLOPs a token over those of the dense base: of the routed methods, and of as many whole layers."""
     config = pliant.load("smollm2-135m").config
     kv = config.num_key_value_heads * config.head_dim
     attention = 2 * config.hidden_size**2 + 2 * config.hidden_size * kv
     layer = attention + 3 * config.hidden_size * config.intermediate_size
-    saved = (config.num_hidden_layers // 2) * (1 - capacity) * attention
+    routed = len(arguments.routed)
+    saved = routed * (1 - arguments.capacity) * attention
     dropped = round(saved / layer)
     total = config.num_hidden_layers * layer
     width = max(2, 2 * math.ceil(config.hidden_size * pliant.DtfConfig().prior_factor / 2))
-    priors = (config.num_hidden_layers // 2) * 3 * config.hidden_size * width
+    priors = routed * 3 * config.hidden_size * width
     return {
         "routed": 1 - saved / total,
         "dtf": 1 - (saved - priors) / total,
@@ -219,7 +239,7 @@ def flops(capacity: float) -> dict[str, float]:
 
 def shallower(arguments: argparse.Namespace, texts: Texts) -> Path:
     """Saves the base without the layers that cost least perplexity, one after the other."""
-    count = int(flops(arguments.capacity)["layers_dropped"])
+    count = int(flops(arguments)["layers_dropped"])
     folder = arguments.work / f"shallower-base-{count}"
     if (folder / "tokenizer_config.json").exists():  # written last
         return folder

@@ -524,18 +524,36 @@ def _routed_capacity(results: Results) -> Iterator[Table]:
     )
 
 
+def _routed_layers(results: Results) -> Iterator[Table]:
+    result = results["routed-layers"]
+    parts = list(result["costs"])
+    layers = range(len(result["costs"][parts[0]]))
+    yield (
+        ("layer", *(f"nats a token without its {part}" for part in parts)),
+        [(index, *(f"{result['costs'][part][index]:.3f}" for part in parts)) for index in layers],
+    )
+    yield (
+        ("routed part", "chosen by", "γ", "WikiText-2 perplexity over the base's", "layers"),
+        [(r["part"], r["choice"], r["capacity"], r["ratio"], ", ".join(map(str, r["layers"]))) for r in result["rows"]],
+    )
+
+
 def _routed_transfer(results: Results) -> Iterator[Table]:
-    result = results["routed-transfer"]
-    work = result["linear_flops"]
-    base = result["untouched"]
-    rows = [("untouched base", 1.0, None, None, 1.0, base["lambada"], base["hellaswag"])]
-    for method, run in result["chosen"].items():
-        flops = {"dense": 1.0, **work}.get(method, work["routed"])
-        figures = (run["ratio"], run["lambada"], run["hellaswag"])
-        rows.append((method, flops, run["lr"], run.get("capacity"), *figures))
+    rows = []
+    for result in results.values():
+        work, base = result["linear_flops"], result["untouched"]
+        routed = ", ".join(map(str, result.get("layers", ()))) or "alternate"
+        if not rows:
+            rows.append(("untouched base", None, 1.0, None, None, 1.0, base["lambada"], base["hellaswag"]))
+        for method, run in result["chosen"].items():
+            flops = {"dense": 1.0, **work}.get(method, work["routed"])
+            figures = (run["ratio"], run["lambada"], run["hellaswag"])
+            layers = None if method in ("dense", "shallower") else routed
+            rows.append((method, layers, flops, run["lr"], run.get("capacity"), *figures))
     yield (
         (
             "method",
+            "routed layers",
             "linear FLOPs over dense",
             "learning rate",
             "share that runs on the test text",
@@ -637,8 +655,9 @@ SECTIONS: dict[str, Section] = {
     "editing_time.py": ("editing-time.json", _editing_time),
     "editing_baselines.py": ("editing-baselines-search.json", _baselines),
     "routed_capacity.py": ("routed-capacity.json", _routed_capacity),
+    "routed_layers.py": ("routed-layers.json", _routed_layers),
     "routed_speed.py": ("routed-speed-*.json", _routed_speed),
-    "routed_transfer.py": ("routed-transfer.json", _routed_transfer),
+    "routed_transfer.py": ("routed-transfer*.json", _routed_transfer),
     "routed_from_scratch.py": ("routed-from-scratch.json", _routed_from_scratch),
     "routed_generation.py": ("routed-generation.json", _routed_generation),
     "evaluation_table.py": ("evaluation-table.json", _evaluation_table),

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 import pliant
 from pliant.config import RunConfig
+from pliant.conversion import cheapest_layers
+from pliant.conversion.routed import CALIBRATION_TOKENS
+from pliant.data import calibration_tokens
 from pliant.errors import ConfigError
 from pliant.training import train
 from pliant.training.callbacks import routing_at
@@ -44,6 +47,17 @@ def test_training_lowers_the_loss_and_logs_the_health_of_the_router(
         assert 0 <= line["agreement"] <= 1
         assert line["score_spread"] > 0
     assert 0 < result.after["routing_capacity/mean"] < 1
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_layers_that_are_cheapest_to_skip_are_trained(configure: Callable[..., RunConfig], model_type: str) -> None:
+    config = configure(model_type=model_type, model={"layers": "cheapest"}, max_steps=1)
+    base = pliant.load(config.model.base_model_name)
+    tokenizer, text = AutoTokenizer.from_pretrained(config.model.base_model_name), Path(str(config.model.calibration))
+    tokens = calibration_tokens(tokenizer, text, num_tokens=min(CALIBRATION_TOKENS, config.model.calibration_tokens))
+    expected = cheapest_layers(base, config.model.routed(model_type), calibration=tokens)
+    loaded = pliant.load(train(config).checkpoint)
+    assert list(loaded.routed_layers) == expected
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

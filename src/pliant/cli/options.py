@@ -79,8 +79,8 @@ LayersOption = Annotated[
     str | None,
     _form(
         "--layers",
-        "all (default of npt), alternate (every other one; default of mod, dtf, stt), upper_half, lower_half, a range "
-        "such as 8-15, or indices: 0,4,8-11.",
+        "all (default of npt), alternate (every other one; default of mod, dtf, stt), cheapest (mod, dtf, stt: those "
+        "that the base does best without), upper_half, lower_half, a range such as 8-15, or indices: 0,4,8-11.",
     ),
 ]
 MapOption = Annotated[

@@ -54,6 +54,9 @@ def _converted(plan: "Plan") -> str:
         return UNKNOWN
     if not model.layers:
         return "none"
+    if model.is_upper_bound and plan.config.is_routed:
+        kind = plan.config.model_type
+        return f"≤ {len(model.layers)} of {model.num_layers} layers {kind}, the cheapest: settled on calibration text"
     if model.is_upper_bound:
         forms = "+".join(sorted({form.to_dict()["form"] for form in model.layers.values()}))
         return f"{len(model.layers)} of {model.num_layers} layers {forms}, rank auto: settled on calibration text"

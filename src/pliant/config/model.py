@@ -73,7 +73,8 @@ class ModelConfig:
         adapter_rank: Its rank, an integer or ``auto``; ``null`` is the preset's usual one.
         layers: ``all``, ``upper_half``, ``lower_half``, ``alternate``, ``"8-15"``, a list of indices, or for NPT a map
             of such selections to presets: ``{0-9: v1, 10-29: "keyed:192"}``. The options of ``preset`` do not reach
-            into a map. ``null`` is ``all`` for NPT, and ``alternate`` where tokens are routed.
+            into a map. ``null`` is ``all`` for NPT, and ``alternate`` where tokens are routed; there ``cheapest`` is
+            the layers that the base does best without, measured on the calibration text.
         calibration: A UTF-8 text file for the closed form of keyed presets and for the thresholds of routed layers;
             ``null`` takes the embedded texts.
         calibration_tokens: Tokens of it to read, in windows of 512.

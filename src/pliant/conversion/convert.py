@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from pliant.architectures import ARCHITECTURES, NptConfig, RoutedConfig
 from pliant.architectures.base import LayerConfig
+from pliant.conversion.cheapest import CHEAPEST, cheapest_layers
 from pliant.conversion.npt import convert_npt
 from pliant.conversion.routed import convert_routed, with_partners
 from pliant.conversion.text import Text
@@ -44,10 +45,11 @@ def convert(
         model: A Llama, Mistral, Qwen2, Qwen3 or SmolLM3 causal LM, plain, quantised or offloaded; or a pliant
             model of the same architecture with unconverted layers left.
         config: What every layer in ``layers`` becomes; by default ``NptConfig()``: ``keyed``, automatic rank.
-        layers: ``"all"``, ``"alternate"`` (1, 3, 5, …), ``"upper_half"``, ``"lower_half"``, ``"8-15"``, a list; or a
-            map from such selections to presets or configurations, ``{"0-9": "v1", "10-29": "v2"}``, and then no
-            ``config``. ``None`` is all layers, of a routed architecture every other one. Of one that works on pairs
-            these are the routed layers; the layer before each joins by itself.
+        layers: ``"all"``, ``"alternate"`` (1, 3, 5, …), ``"upper_half"``, ``"lower_half"``, ``"8-15"``, a list; of a
+            routed architecture also ``"cheapest"``, those that :func:`cheapest_layers` finds. Or a map from such
+            selections to presets or configurations, ``{"0-9": "v1", "10-29": "v2"}``, and then no ``config``. ``None``
+            is all layers, of a routed architecture every other one. Of one that works on pairs these are the routed
+            layers; the layer before each joins by itself.
         calibration: Token windows, texts, or, of plastic layers, what ``pliant.statistics.attention_statistics``
             returned. ``None`` takes the embedded texts. Routed layers read the windows in one forward.
         progress: Called with a label, the steps done and the steps there are.
@@ -60,7 +62,8 @@ def convert(
     In each of these cases the model is unchanged.
     """
     family = _check_model(model)
-    wanted = _resolve(config, layers, model.config.num_hidden_layers)
+    named = _without_cheapest(model, config, layers, calibration, progress)
+    wanted = _resolve(config, named, model.config.num_hidden_layers)
     spec = _check_layers(model, wanted)
     base = spec.base or {
         "name": recorded_name(model.config._name_or_path) or None,
@@ -96,6 +99,34 @@ def _check_model(model: PreTrainedModel) -> Family:
             "Load it with pliant.load or AutoModelForCausalLM."
         )
     return family
+
+
+def _without_cheapest(
+    model: PreTrainedModel,
+    config: LayerConfig | None,
+    layers: Layers | LayerMap | None,
+    calibration: Calibration | None,
+    progress: Progress | None,
+) -> Layers | LayerMap | None:
+    """Returns ``layers`` with the indices of the cheapest in the place of that word."""
+    if isinstance(layers, Mapping) and CHEAPEST in layers:
+        if len(layers) > 1:
+            raise ConfigError(
+                "layers must name 'cheapest' alone: it chooses among all layers. Name the others by index."
+            )
+        form = dict[Any, Any](layers)[CHEAPEST]
+    elif isinstance(layers, str) and layers == CHEAPEST:
+        form = config
+    else:
+        return layers
+    if not isinstance(form, RoutedConfig):
+        raise ConfigError(
+            f"layers='cheapest' is for layers that some tokens skip; got {form!r}. Choose 'all', or 'upper_half'."
+        )
+    if isinstance(calibration, AttentionStatistics):
+        raise ConfigError("layers='cheapest' needs text; got AttentionStatistics. Give calibration=<token windows>.")
+    chosen = cheapest_layers(model, form, calibration=calibration, progress=progress)
+    return {",".join(map(str, chosen)): form} if isinstance(layers, Mapping) else chosen
 
 
 def _resolve(config: LayerConfig | None, layers: Layers | LayerMap | None, num_layers: int) -> dict[int, LayerConfig]:

@@ -18,6 +18,7 @@ from pliant.statistics import HELD_OUT_WINDOWS, AttentionStatistics, Progress
 WINDOW = 512
 DECIDING = "decision"
 """Role of a layer that only decides for the next one."""
+REMEDY = "Train the model, raise capacity_gamma, or route layers='cheapest'."
 CALIBRATION_TOKENS = NUM_TOKENS + HELD_OUT_WINDOWS * WINDOW
 
 
@@ -55,7 +56,7 @@ def convert_routed(
     with undone_on_error(model):
         install(wanted)
         set_thresholds(converted, windows[:-HELD_OUT_WINDOWS], progress)
-    warn_if_lossy(converted, windows[-HELD_OUT_WINDOWS:], "Train the model, or raise capacity_gamma.", progress)
+    warn_if_lossy(converted, windows[-HELD_OUT_WINDOWS:], REMEDY, progress)
 
 
 def with_partners(wanted: Mapping[int, LayerConfig]) -> dict[int, LayerConfig]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from pliant.config import RunConfig, TrainingConfig
 from pliant.config.sections import ADAPTERS, HALF, IA3_INPUTS, IA3_TARGETS
-from pliant.conversion import convert
+from pliant.conversion import cheapest_layers, convert
+from pliant.conversion.cheapest import CHEAPEST
 from pliant.conversion.routed import CALIBRATION_TOKENS as ROUTED_TOKENS
 from pliant.data import calibration_tokens
 from pliant.errors import CheckpointError, ConfigError, DataError
@@ -152,7 +153,8 @@ def _convert(model: DynamicCausalLM, config: RunConfig) -> None:
     options = config.model
     if config.is_routed:
         chosen: Any = options.routed(config.model_type)
-        needs_text, selection = chosen.capacity_gamma < 1, options.routed_selection
+        selection = options.routed_selection
+        needs_text = chosen.capacity_gamma < 1 or selection == CHEAPEST
     else:
         selection = options.layer_selection
         chosen = None if isinstance(selection, dict) else options.npt
@@ -160,6 +162,10 @@ def _convert(model: DynamicCausalLM, config: RunConfig) -> None:
         needs_text = any(form.has_closed_form for form in forms)
     most = ROUTED_TOKENS if config.is_routed else options.calibration_tokens
     calibration = _calibration(config, min(most, options.calibration_tokens)) if needs_text else None
+    if selection == CHEAPEST:  # the same on all machines
+        selection = broadcast_object_list(
+            cheapest_layers(model, options.routed(config.model_type), calibration=calibration)
+        )
     convert(model, chosen, layers=selection, calibration=calibration)
     if PartialState().num_processes > 1:  # eigenvectors differ between machines, and FSDP takes a shard from each
         for _, parameter in model.dynamic_parameters():

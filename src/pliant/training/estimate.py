@@ -16,6 +16,7 @@ from pliant.architectures import NptConfig
 from pliant.architectures.base import AddedModule, LayerConfig
 from pliant.config import ModelConfig, RunConfig, TrainingConfig
 from pliant.config.sections import ADAPTERS, IA3_INPUTS, IA3_TARGETS
+from pliant.conversion.cheapest import CHEAPEST
 from pliant.conversion.routed import with_partners
 from pliant.conversion.summary import BF16_BYTES, FP32_BYTES, NF4_BITS
 from pliant.errors import CheckpointError, ConfigError, ConversionError
@@ -44,7 +45,8 @@ class ModelPlan:
         components: What their added parameters are called.
         parameters: Of the base, of the conversion and of adapters together.
         trainable: Those that get a gradient.
-        is_upper_bound: A rank is still ``auto``: calibration text settles it, the counts are those of full rank.
+        is_upper_bound: Calibration text settles what is counted: a rank that is still ``auto`` as full rank, the
+            ``cheapest`` layers as every other one.
         not_checked: Why nothing could be counted.
     """
 
@@ -93,7 +95,8 @@ def plan_model(config: RunConfig) -> tuple[ModelPlan, list[MemoryLine]]:
     except ConversionError as error:
         raise ConfigError(f"model.base_model_name={name!r}: the base's {error}") from error
     layers = _layers(config, base)
-    is_upper_bound = any(getattr(form, "rank", None) == "auto" for form in layers.values())
+    is_measured = config.is_routed and not model.checkpoint_path and model.routed_selection == CHEAPEST
+    is_upper_bound = is_measured or any(getattr(form, "rank", None) == "auto" for form in layers.values())
     settled: dict[int, Any] = {
         i: f.with_rank(base.hidden_size) if isinstance(f, NptConfig) and f.rank == "auto" else f
         for i, f in layers.items()
@@ -138,6 +141,18 @@ def layer_forms(model: ModelConfig, num_layers: int) -> dict[int, NptConfig]:
     if not forms:
         raise ConfigError("model.layers must name at least one layer; got an empty map. Use all for every layer.")
     return forms
+
+
+def _routed_layers(model: ModelConfig, num_layers: int) -> list[int]:
+    """Returns the routed layers; of those that are chosen by measurement, as many."""
+    if model.routed_selection != CHEAPEST:
+        return _select(model.routed_selection, num_layers)
+    if model.init == "scratch":
+        raise ConfigError(
+            "model.layers=cheapest measures what the layers of a pretrained base are worth; got model.init=scratch. "
+            "Write alternate."
+        )
+    return _select("alternate", num_layers)
 
 
 def _select(layers: Any, num_layers: int) -> list[int]:
@@ -234,7 +249,7 @@ def _layers(config: RunConfig, base: PreTrainedConfig) -> Mapping[int, LayerConf
             "model.checkpoint_path to go on from it."
         )
     if config.is_routed:
-        chosen = dict.fromkeys(_select(model.routed_selection, base.num_hidden_layers), model.routed(config.model_type))
+        chosen = dict.fromkeys(_routed_layers(model, base.num_hidden_layers), model.routed(config.model_type))
         try:
             return with_partners(chosen)
         except ConversionError as error:

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 import pliant
+from pliant.conversion import cheapest_layers
+from pliant.data import calibration_tokens
 
 
 @pytest.fixture
@@ -48,6 +51,15 @@ def test_capacity_one_reads_no_text_and_layers_are_chosen(run, tiny, tmp_path, l
     result = run("convert", tiny, "--architecture", "mod", *options, "--output", tmp_path / "out")
     assert sorted(layers_of(tmp_path / "out")) == ["0", "2", "3"]
     assert "predicted" not in result.stdout
+
+
+def test_the_cheapest_layers_are_measured(run, tiny, tmp_path, calibration, layers_of):
+    output, model = tmp_path / "out", pliant.load(tiny)
+    result = run("convert", tiny, "--architecture", "mod", "--layers", "cheapest", *calibration, "--output", output)
+    tokens = calibration_tokens(AutoTokenizer.from_pretrained(tiny), calibration[1], num_tokens=3072)
+    expected = cheapest_layers(model, pliant.ModConfig(), calibration=tokens)
+    assert sorted(layers_of(output)) == [str(index) for index in expected]
+    assert "Measuring what each layer is worth: 4 of 4" in result.stderr
 
 
 def test_alternate_layers_are_a_choice_of_plastic_ones_too(run, tiny, tmp_path, layers_of):

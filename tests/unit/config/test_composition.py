@@ -196,6 +196,7 @@ def test_recipes_of_routed_depth_say_what_they_are_for():
         assert (config.training.lr_multipliers.router, config.training.lr_multipliers.prior) == (10.0, 10.0)
     for name in ("mod_attention", "dtf_transfer", "stt_transfer"):
         assert (compose(name).training.objective, compose(name).training.trainable) == ("equivalence", "all")
+        assert compose(name).model.layers == "cheapest"
 
 
 def test_the_nearest_key_is_a_key():

@@ -26,7 +26,8 @@ SHAPE = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
-SCRATCH = ["model_type=dense", "model.init=scratch", "training.objective=causal_lm", "training.trainable=all"]
+TRAINED = ["training.objective=causal_lm", "training.trainable=all"]
+SCRATCH = ["model_type=dense", "model.init=scratch", *TRAINED]
 OFFLINE = "not checked (offline)"
 
 
@@ -100,6 +101,15 @@ def test_automatic_ranks_give_an_upper_bound(base):
     made, full = (planned(f"model.base_model_name={base}", f"model.adapter_rank={rank}") for rank in ("auto", 32))
     assert made.model.is_upper_bound
     assert made.model.trainable == full.model.trainable
+
+
+@pytest.mark.parametrize("model_type", ["mod", "dtf", "stt"])
+def test_layers_that_are_measured_at_the_start_are_counted_as_every_other_one(base, model_type):
+    given = [f"model.base_model_name={base}", f"model_type={model_type}", *TRAINED]
+    made, other = planned(*given, "model.layers=cheapest"), planned(*given)
+    assert made.model.is_upper_bound
+    assert not other.model.is_upper_bound
+    assert made.model.parameters == other.model.parameters
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["gate_proj", "down_proj"]])
@@ -265,6 +275,7 @@ def test_a_recipe_gives_way_to_the_checkpoint_with_a_warning(converted):
         (["model.layers=upper"], ("model.layers", "upper_half")),
         (["model.layers={0-1: v2, 1: keyed}"], ("model.layers", "layer 1")),
         (["model.layers=1.5"], ("model.layers", "1.5")),
+        ([*SCRATCH, "model_type=mod", "model.layers=cheapest"], ("model.layers=cheapest", "pretrained", "alternate")),
         (["model.calibration=nothing.txt"], ("model.calibration", "nothing.txt")),
         ([*SCRATCH, "model.hidden_size=33"], ("model.hidden_size", "33")),
         ([*SCRATCH, "model.num_attention_heads=3"], ("num_attention_heads", "3")),
