@@ -6,7 +6,7 @@ the first ones above all (arXiv 2403.03853, 2406.15786).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Int
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pliant.architectures import RoutedConfig
+from pliant.architectures.base import nearest
+from pliant.architectures.routing.config import PARTS
 from pliant.conversion.text import Text, windows_of
+from pliant.errors import ConfigError, ConversionError
 from pliant.metrics import perplexity
-from pliant.models import PliantSpec
+from pliant.models import Layers, PliantSpec, select_layers
 from pliant.statistics import Progress, base_mode
 
 CHEAPEST = "cheapest"
@@ -29,7 +32,7 @@ def layer_costs(
     granularity: str,
     tokens: Int[Tensor, "windows window"],
     *,
-    layers: Iterable[int] | None = None,
+    layers: Layers = "all",
     progress: Progress | None = None,
 ) -> dict[int, float]:
     """Returns what the base loses in nats a token without a part of each layer, ``L(without l) − L``.
@@ -38,14 +41,20 @@ def layer_costs(
         model: A causal LM of a family that converts; it is run in base mode, once a layer, and left as it is.
         granularity: The part: ``block``, ``attention`` or ``mlp``.
         tokens: Token windows; 1,024 tokens tell the expensive layers.
-        layers: Which to measure, all by default.
+        layers: Which to measure.
         progress: Called after each layer.
 
     Raises:
+        ConfigError: ``granularity`` is none of these.
+        ConversionError: A layer does not exist, or the model belongs to another family.
         DataError: A window has fewer than two tokens, or a loss is not finite.
     """
+    if granularity not in PARTS:
+        raise ConfigError(
+            f"granularity must be one of {', '.join(PARTS)}; got {granularity!r}.{nearest(str(granularity), PARTS)}"
+        )
     inner: Any = model.model
-    wanted = list(range(len(inner.layers)) if layers is None else layers)
+    wanted = select_layers(layers, model.config.num_hidden_layers)
     costs: dict[int, float] = {}
     with base_mode(model):
         whole = perplexity(model, tokens)
@@ -76,13 +85,18 @@ def cheapest_layers(
         progress: Called after each layer.
 
     Raises:
+        ConversionError: Every layer is converted already.
         DataError: The text is missing or too short, or a loss is not finite.
     """
+    taken = PliantSpec.of(model.config).layers
+    free = [index for index in range(model.config.num_hidden_layers) if index not in taken]
+    if not free:
+        raise ConversionError(
+            f"layers='cheapest' chooses among layers that are not converted; all {len(taken)} are. Load the base again."
+        )
     windows = windows_of(model, calibration, NUM_TOKENS)
     count = max(1, NUM_TOKENS // windows.shape[1])
     text = windows[:: max(1, len(windows) // count)][:count]
-    taken = PliantSpec.of(model.config).layers
-    free = [index for index in range(model.config.num_hidden_layers) if index not in taken]
     return choose(layer_costs(model, config.granularity, text, layers=free, progress=progress), config)
 
 

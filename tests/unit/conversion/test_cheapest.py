@@ -14,7 +14,7 @@ import pliant
 from pliant.architectures import NptConfig
 from pliant.conversion import cheapest, cheapest_layers, layer_costs
 from pliant.conversion.cheapest import choose
-from pliant.errors import ConfigError, DataError
+from pliant.errors import ConfigError, ConversionError, DataError
 from pliant.models import FAMILIES
 from pliant.statistics import AttentionStatistics
 
@@ -69,6 +69,21 @@ def test_no_hook_is_left_when_the_loss_is_not_finite(model: PreTrainedModel) -> 
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("granularity", "layers", "error", "message"),
+    [
+        ("atention", "all", ConfigError, "block, attention, mlp; got 'atention'. Did you mean 'attention'"),
+        ("block", [6], ConversionError, "0..5"),
+        ("block", "8-2", ConversionError, "upwards"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    model: PreTrainedModel, granularity: str, layers: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        layer_costs(model, granularity, TEXT, layers=layers)
+
+
 def test_a_converted_layer_is_measured_as_its_base(model: PreTrainedModel) -> None:
     expected = layer_costs(model, "attention", TEXT)
     pliant.convert(model, ATTENTION, layers=[3], calibration=TEXT)
@@ -86,6 +101,12 @@ def test_half_of_the_layers_is_chosen_and_routed(model: PreTrainedModel) -> None
     pliant.convert(model, ATTENTION, layers="cheapest", calibration=TEXT)
     assert len(model.routed_layers) == 4
     assert set(before) < set(model.routed_layers)
+
+
+def test_where_every_layer_is_converted_none_is_chosen(model: PreTrainedModel) -> None:
+    pliant.convert(model, ATTENTION, layers="all", calibration=TEXT)
+    with pytest.raises(ConversionError, match="all 6 are"):
+        pliant.convert(model, ATTENTION, layers="cheapest", calibration=TEXT)
 
 
 def test_a_map_names_the_form_of_the_cheapest(model: PreTrainedModel) -> None:
