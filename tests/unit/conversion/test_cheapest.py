@@ -72,7 +72,7 @@ def test_no_hook_is_left_when_the_loss_is_not_finite(model: PreTrainedModel) -> 
 @pytest.mark.parametrize(
     ("granularity", "layers", "error", "message"),
     [
-        ("atention", "all", ConfigError, "block, attention, mlp; got 'atention'. Did you mean 'attention'"),
+        ("attentions", "all", ConfigError, "block, attention, mlp; got 'attentions'. Did you mean 'attention'"),
         ("block", [6], ConversionError, "0..5"),
         ("block", "8-2", ConversionError, "upwards"),
     ],
