@@ -130,19 +130,19 @@ def moving_average(
 
 def _plain_average(values: PerToken, memory: Memory | None) -> Float[Tensor, "batch seq"]:
     """The moving average of rows that are one document each, without padding; its windows are added up the same way."""
-    rows, length = values.shape
+    length = values.shape[1]
     earlier = None if memory is None else memory.recall("static")
     if memory is not None:
         memory.remember("static", values)
     past = 0 if earlier is None else earlier.shape[1]
-    known = values[:, :0] if earlier is None else earlier[:, 1 - WINDOW :]
-    missing = values.new_zeros(rows, WINDOW - 1 - known.shape[1])
-    padded = torch.cat((missing, known, values), dim=1)
+    known = values if earlier is None else torch.cat((earlier[:, 1 - WINDOW :], values), dim=1)
+    padded = functional.pad(known, (WINDOW - 1 + length - known.shape[1], 0))
     if past < WINDOW:
         padded[:, WINDOW - 1 - past] = 0.0  # the first token, which counts for itself alone
     sums = padded.unfold(1, WINDOW, 1).contiguous().sum(-1)
-    order = torch.arange(past, past + length, device=values.device)
-    averages = sums / order.clamp(1, WINDOW)
+    if past >= WINDOW:
+        return sums / WINDOW
+    averages = sums / torch.arange(past, past + length, device=values.device).clamp(1, WINDOW)
     return averages if past else torch.cat((values[:, :1], averages[:, 1:]), dim=1)
 
 

@@ -37,12 +37,17 @@ class StudentRouter(SurpriseRouter):
         for parameter in (self.student_in, self.student_out):
             init.normal_(parameter, std=INITIAL_STD)
 
-    def student(self, h: Hidden, previous: Hidden) -> PerToken:
-        """Returns the student's logits; the rest of the model does not feel them."""
-        halves = self.student_in.float().chunk(2, dim=1)  # of this token, and of the one before
-        pair = zip((h.detach(), previous.detach()), halves, strict=True)
-        seen = [functional.linear(x.float(), half) * inverse_norm(x)[..., None] for x, half in pair]
-        return functional.silu(seen[0] + seen[1]) @ self.student_out.float()
+    def student(self, h: Hidden, documents: Tensor | None, memory: Memory | None) -> PerToken:
+        """Returns the student's logits; the rest of the model does not feel them.
+
+        Each token is projected once, for itself and for the token after it.
+        """
+        h = h.detach().float()
+        rows = self.student_in.float().view(-1, h.shape[-1])  # in turn of this token, and of the one before
+        seen = functional.linear(h, rows) * inverse_norm(h)[..., None]
+        own, handed_on = seen.unflatten(-1, (-1, 2)).unbind(-1)
+        before = previous_states(handed_on, documents, memory)
+        return functional.silu(own + before) @ self.student_out.float()
 
 
 class SttLayer(RoutedLayer):
@@ -76,7 +81,7 @@ class SttLayer(RoutedLayer):
 
     def route(self, h: Hidden, documents: Tensor | None, memory: Memory | None) -> Route:
         """Scores by the student's logit; in training the gate is the teacher's g."""
-        student = self.router.student(h, previous_states(h.detach(), documents, memory))
+        student = self.router.student(h, documents, memory)
         if self.dense is None:  # in evaluation
             return Route(scores=student, gate=torch.ones_like(student), signals={})
         dense, self.dense = self.dense, None
