@@ -1,25 +1,28 @@
 """Claim: how many requests lm-eval hands a model at once changes its scores by rounding alone.
 
 The embedded base, fp32, as it is, converted (keyed at rank 192) and routed (γ = 0.5, every other layer, thresholds set,
-routers as conversion leaves them): the log-likelihoods of the same requests at batch sizes 1, 4, 8 and 16, the largest
-difference to batch size 1. Requests of a batch are of unequal length, so rows are padded.
+routers as conversion leaves them), and any checkpoint that --also names: the log-likelihoods of the same requests at
+batch sizes 1, 4, 8 and 16, the largest difference to batch size 1. Requests of a batch are of unequal length, so rows
+are padded. A call replaces the rows of its own models.
 
-Usage: python benchmarks/evaluation_batching.py
+Usage: python benchmarks/evaluation_batching.py [--models base mod] [--also mod-trained=outputs/mod]
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import environment, save
+from record import RESULTS, environment, save
 from transformers import AutoTokenizer
 
 import pliant
 from pliant.evaluation import Benchmarks, evaluate_tasks
 
+NAME = "evaluation-batching"
 TASKS = ("arc_easy", "piqa")
 CONFIGS = {
     "base": None,
@@ -34,21 +37,41 @@ BATCH_SIZES = (1, 4, 8, 16)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=16, help="documents of each task")
+    parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FOLDER", help="checkpoints to measure too")
     arguments = parser.parse_args()
-    rows = []
-    for name, config in CONFIGS.items():
-        model: Any = pliant.load("smollm2-135m", dtype=torch.float32).eval()
+    given = dict(each.split("=", 1) for each in arguments.also)
+    for name in (*arguments.models, *given):
+        model: Any = pliant.load(given.get(name, "smollm2-135m"), dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
         torch.manual_seed(0)
-        if config is not None:
-            pliant.convert(model, config)
+        if name in CONFIGS and CONFIGS[name] is not None:
+            pliant.convert(model, CONFIGS[name])
         found = {size: scores(model, tokenizer, size, arguments.limit) for size in BATCH_SIZES}
-        first = found.pop(1)
-        for size, values in found.items():
-            gap = max(abs(a - b) for a, b in zip(first, values, strict=True))
-            rows.append({"model": name, "batch_size": size, "requests": len(first), "largest_difference": gap})
-            print(rows[-1], flush=True)
-    save("evaluation-batching", {"environment": environment(), "documents": arguments.limit, "rows": rows})
+        keep(name, [row(name, size, found[1], found[size], arguments.limit) for size in BATCH_SIZES[1:]])
+
+
+def row(name: str, size: int, alone: list[float], together: list[float], documents: int) -> dict[str, Any]:
+    """How far scores of one batch size are from those of requests that come alone."""
+    return {
+        "model": name,
+        "batch_size": size,
+        "documents": documents,
+        "requests": len(alone),
+        "largest_difference": max(abs(a - b) for a, b in zip(alone, together, strict=True)),
+        "mean_log_likelihood": statistics.mean(alone),
+        "environment": environment(),
+    }
+
+
+def keep(name: str, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows of a model to the result, in the place of its earlier ones."""
+    for each in rows:
+        print({key: value for key, value in each.items() if key != "environment"}, flush=True)
+    file = RESULTS / f"{NAME}.json"
+    stored = json.loads(file.read_text()) if file.exists() else {"rows": [], "commands": []}
+    others = [each for each in stored["rows"] if each["model"] != name]
+    save(NAME, {"rows": [*others, *rows], "commands": stored["commands"]})
 
 
 def scores(model: Any, tokenizer: Any, batch_size: int, limit: int) -> list[float]:

@@ -28,8 +28,9 @@ def calibrate(
 ) -> dict[int, float]:
     """Sets the threshold τ of every routed layer so that a share ``capacity`` of the calibration tokens runs.
 
-    τ is the ``⌈γn⌉``-th highest of the n scores. All windows go through the model in one forward, so that each layer
-    is set on what the layers below, with thresholds of their own, make of the text. γ = 1 sets τ = −∞.
+    τ lies midway from the ``⌈γn⌉``-th highest of the n scores to the next. All windows go through the model in one
+    forward, so that each layer is set on what the layers below, with thresholds of their own, make of the text. γ = 1
+    sets τ = −∞.
 
     Args:
         model: A model with routed layers.

@@ -140,13 +140,14 @@ def share_of(capacity: float, length: int) -> int:
 
 
 def threshold_for(scores: Float[Tensor, " n"], capacity: float) -> Float[Tensor, ""]:
-    """Returns τ such that a share ``capacity`` of the scores reaches it: the smallest of the highest scores.
+    """Returns τ such that a share ``capacity`` of the scores reaches it: midway from the last that does to the next.
 
-    Where scores of ∞, of tokens that run in any case, are as many, it is the least that no other score reaches.
+    No score lies at τ, so that rounding does not decide who runs. Where scores of ∞, of tokens that run in any case,
+    are as many as are to run, τ is the least that no other score reaches.
     """
     if capacity >= 1:
         return scores.new_full((), -torch.inf)
-    return _finite(scores.kthvalue(len(scores) - share_of(capacity, len(scores)) + 1).values, scores)
+    return row_thresholds(scores[None], capacity, None)[0]
 
 
 def row_thresholds(
@@ -155,11 +156,22 @@ def row_thresholds(
     """Returns :func:`threshold_for` of each row that has a token."""
     if allowed is None:
         length = scores.shape[1]
-        return _finite(scores.kthvalue(length - share_of(capacity, length) + 1, dim=1).values, scores)
+        kept = share_of(capacity, length)
+        last, following = (scores.kthvalue(length - rank + 1, dim=1).values for rank in (kept, min(kept + 1, length)))
+        return _finite(_midway(last, following), scores)
     counts = allowed.sum(1)
     kept = (counts * capacity - 1e-4).ceil().long().clamp(min=1)
     ranked = scores.masked_fill(~allowed, -torch.inf).sort(dim=1, descending=True).values
-    return _finite(ranked.gather(1, kept[:, None] - 1)[:, 0], ranked)[counts > 0]
+    last, following = (
+        ranked.gather(1, (rank - 1)[:, None])[:, 0] for rank in (kept, (kept + 1).minimum(counts.clamp(min=1)))
+    )
+    return _finite(_midway(last, following), ranked)[counts > 0]
+
+
+def _midway(last: Float[Tensor, " rows"], following: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """The middle of each two, or the higher where there is nothing between them."""
+    middle = (last + following) / 2
+    return torch.where(middle > following, middle, last)
 
 
 def _finite(threshold: Tensor, scores: Tensor) -> Tensor:
