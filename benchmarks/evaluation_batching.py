@@ -45,8 +45,9 @@ def main() -> None:
         model: Any = pliant.load(given.get(name, "smollm2-135m"), dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
         torch.manual_seed(0)
-        if name in CONFIGS and CONFIGS[name] is not None:
-            pliant.convert(model, CONFIGS[name])
+        config = None if name in given else CONFIGS[name]
+        if config is not None:
+            pliant.convert(model, config)
         found = {size: scores(model, tokenizer, size, arguments.limit) for size in BATCH_SIZES}
         keep(name, [row(name, size, found[1], found[size], arguments.limit) for size in BATCH_SIZES[1:]])
 

@@ -603,8 +603,11 @@ def _routed_generation(results: Results) -> Iterator[Table]:
 def _evaluation_batching(results: Results) -> Iterator[Table]:
     rows = results["evaluation-batching"]["rows"]
     yield (
-        ("model", "batch size", "requests", "largest difference of a log-likelihood to batch size 1"),
-        [(r["model"], r["batch_size"], r["requests"], f"{r['largest_difference']:.1e}") for r in rows],
+        ("model", "batch size", "requests", "mean log-likelihood", "largest difference to batch size 1"),
+        [
+            (r["model"], r["batch_size"], r["requests"], r["mean_log_likelihood"], f"{r['largest_difference']:.1e}")
+            for r in rows
+        ],
     )
 
 
