@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, environment, save
+from record import environment, named_folder, save_rows
 from transformers import AutoTokenizer
 
 import pliant
@@ -32,15 +32,19 @@ CONFIGS = {
     "stt": pliant.SttConfig(capacity_gamma=0.5),
 }
 BATCH_SIZES = (1, 4, 8, 16)
+SETTINGS = ("model", "batch_size")
+"""What tells one row from another."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=16, help="documents of each task")
     parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FOLDER", help="checkpoints to measure too")
+    parser.add_argument(
+        "--also", nargs="*", default=[], type=named_folder, metavar="NAME=FOLDER", help="checkpoints to measure too"
+    )
     arguments = parser.parse_args()
-    given = dict(each.split("=", 1) for each in arguments.also)
+    given = dict(arguments.also)
     for name in (*arguments.models, *given):
         model: Any = pliant.load(given.get(name, "smollm2-135m"), dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
@@ -49,7 +53,10 @@ def main() -> None:
         if config is not None:
             pliant.convert(model, config)
         found = {size: scores(model, tokenizer, size, arguments.limit) for size in BATCH_SIZES}
-        keep(name, [row(name, size, found[1], found[size], arguments.limit) for size in BATCH_SIZES[1:]])
+        rows = [row(name, size, found[1], found[size], arguments.limit) for size in BATCH_SIZES[1:]]
+        for each in rows:
+            print({key: value for key, value in each.items() if key != "environment"}, flush=True)
+        save_rows(NAME, rows, SETTINGS)
 
 
 def row(name: str, size: int, alone: list[float], together: list[float], documents: int) -> dict[str, Any]:
@@ -63,16 +70,6 @@ def row(name: str, size: int, alone: list[float], together: list[float], documen
         "mean_log_likelihood": statistics.mean(alone),
         "environment": environment(),
     }
-
-
-def keep(name: str, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows of a model to the result, in the place of its earlier ones."""
-    for each in rows:
-        print({key: value for key, value in each.items() if key != "environment"}, flush=True)
-    file = RESULTS / f"{NAME}.json"
-    stored = json.loads(file.read_text()) if file.exists() else {"rows": [], "commands": []}
-    others = [each for each in stored["rows"] if each["model"] != name]
-    save(NAME, {"rows": [*others, *rows], "commands": stored["commands"]})
 
 
 def scores(model: Any, tokenizer: Any, batch_size: int, limit: int) -> list[float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from equivalence_training import write_texts
-from record import RESULTS, environment, finished, save
+from record import RESULTS, environment, finished, named_folder, save
 from transformers import AutoTokenizer
 
 import pliant
@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[64, 128, 192])
     parser.add_argument("--steps", type=int, default=12, help=f"of {BATCH_SIZE * WINDOW} tokens, towards the base")
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FOLDER", help="further rows of the table")
+    parser.add_argument(
+        "--also", nargs="*", default=[], type=named_folder, metavar="NAME=FOLDER", help="further rows of the table"
+    )
     parser.add_argument("--limit", type=int, default=100, help="documents of each task")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmarks/evaluation-table"))
     arguments = parser.parse_args()
@@ -66,7 +68,7 @@ def asked(arguments: argparse.Namespace) -> list[tuple[str, Path]]:
     """Names and folders of the models, those to be trained last."""
     closed = [f"keyed-{rank}" for rank in arguments.ranks]
     own = [(name, folder_of(name, arguments)) for name in (BASE, *closed, *(f"{name}{TRAINED}" for name in closed))]
-    given = [(name, Path(folder)) for name, _, folder in (each.partition("=") for each in arguments.also)]
+    given = [(name, Path(folder)) for name, folder in arguments.also]
     return own[: 1 + len(closed)] + given + own[1 + len(closed) :]
 
 

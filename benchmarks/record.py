@@ -1,10 +1,12 @@
 """Where and on what a benchmark ran, and the JSON file it leaves."""
 
+import argparse
 import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +50,22 @@ def save(name: str, result: dict[str, Any]) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path}")
+
+
+def save_rows(name: str, rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> None:
+    """Writes rows to ``NAME.json``, in the place of those that agree with them in ``settings``."""
+    path = RESULTS / f"{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"rows": [], "commands": []}
+    by_settings = {tuple(row[key] for key in settings): row for row in [*stored["rows"], *rows]}
+    save(name, {"rows": [row for _, row in sorted(by_settings.items())], "commands": stored["commands"]})
+
+
+def named_folder(given: str) -> tuple[str, str]:
+    """Reads ``NAME=FOLDER`` of a command line."""
+    name, _, folder = given.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER; got {given!r}")
+    return name, folder
 
 
 def command() -> str:

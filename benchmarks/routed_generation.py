@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from quality import ngram_entropy
-from record import RESULTS, environment, save
+from record import RESULTS, environment, named_folder, save
 from torch import Tensor
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
@@ -55,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--new-tokens", type=int, default=2000)
     parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FOLDER", help="checkpoints to measure too")
+    parser.add_argument(
+        "--also", nargs="*", default=[], type=named_folder, metavar="NAME=FOLDER", help="checkpoints to measure too"
+    )
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     arguments = parser.parse_args()
     file = RESULTS / f"{NAME}.json"
@@ -64,7 +66,7 @@ def main() -> None:
         raise SystemExit(f"{file} holds texts of {result['new_tokens']} tokens; move it away")
     asked = [(way, way, torch.bfloat16, arguments.new_tokens) for way in arguments.ways]
     asked.append(("greedy, fp16", "greedy", torch.float16, HALF_PRECISION_TOKENS))
-    given = dict(each.split("=", 1) for each in arguments.also)
+    given = dict(arguments.also)
     for name, (label, way, dtype, count) in product([*arguments.models, *given], asked):
         if any((row["model"], row["way"]) == (name, label) for row in result["rows"]):
             continue

@@ -12,7 +12,6 @@ Every row says where it ran; a call replaces the rows of its own settings. Usage
 """
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from record import RESULTS, environment, save
+from record import environment, save_rows
 from speed import paired
 from transformers import AutoTokenizer, DynamicCache
 
@@ -69,15 +68,7 @@ def main() -> None:
                     rows = [{"phase": phase, "architecture": architecture, **row, **place} for row in found]
                     for row in rows:
                         print({key: value for key, value in row.items() if key != "environment"}, flush=True)
-                    keep(name, rows)
-
-
-def keep(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows to a result, in the place of those of the same settings."""
-    file = RESULTS / f"{name}.json"
-    stored = json.loads(file.read_text()) if file.exists() else {"rows": [], "commands": []}
-    by_settings = {tuple(row[key] for key in SETTINGS): row for row in [*stored["rows"], *rows]}
-    save(name, {"rows": [row for _, row in sorted(by_settings.items())], "commands": stored["commands"]})
+                    save_rows(name, rows, SETTINGS)
 
 
 def measure(

@@ -9,7 +9,7 @@ from pliant.architectures import ARCHITECTURES, NptConfig, RoutedConfig
 from pliant.architectures.base import LayerConfig
 from pliant.conversion.cheapest import CHEAPEST, cheapest_layers
 from pliant.conversion.npt import convert_npt
-from pliant.conversion.routed import convert_routed, with_partners
+from pliant.conversion.routed import as_text, convert_routed, with_partners
 from pliant.conversion.text import Text
 from pliant.errors import ConfigError, ConversionError
 from pliant.models import DynamicCausalLM, Family, Layers, PliantSpec, family_of, select_layers
@@ -123,9 +123,7 @@ def _without_cheapest(
         raise ConfigError(
             f"layers='cheapest' is for layers that some tokens skip; got {form!r}. Choose 'all', or 'upper_half'."
         )
-    if isinstance(calibration, AttentionStatistics):
-        raise ConfigError("layers='cheapest' needs text; got AttentionStatistics. Give calibration=<token windows>.")
-    chosen = cheapest_layers(model, form, calibration=calibration, progress=progress)
+    chosen = cheapest_layers(model, form, calibration=as_text(calibration, "layers='cheapest'"), progress=progress)
     return {",".join(map(str, chosen)): form} if isinstance(layers, Mapping) else chosen
 
 

@@ -41,11 +41,7 @@ def convert_routed(
     if all(config.capacity_gamma >= 1 or getattr(config, "role", None) == DECIDING for config in wanted.values()):
         install(wanted)
         return
-    if isinstance(calibration, AttentionStatistics):
-        raise ConfigError(
-            "calibration must be token windows or texts for routed layers; got AttentionStatistics. Give the tokens."
-        )
-    windows = windows_of(model, calibration, CALIBRATION_TOKENS)
+    windows = windows_of(model, as_text(calibration, "routed layers"), CALIBRATION_TOKENS)
     if windows.ndim != 2 or windows.shape[1] < 2 or len(windows) <= HELD_OUT_WINDOWS:
         raise DataError(
             f"calibration must be token windows (windows, window), more than {HELD_OUT_WINDOWS} of at least two tokens "
@@ -57,6 +53,19 @@ def convert_routed(
         install(wanted)
         set_thresholds(converted, windows[:-HELD_OUT_WINDOWS], progress)
     warn_if_lossy(converted, windows[-HELD_OUT_WINDOWS:], REMEDY, progress)
+
+
+def as_text(calibration: AttentionStatistics | Text | None, what: str) -> Text | None:
+    """Returns ``calibration`` if it is text that ``what`` can be measured on.
+
+    Raises:
+        ConfigError: It is statistics, of which no forward can be run.
+    """
+    if isinstance(calibration, AttentionStatistics):
+        raise ConfigError(
+            f"calibration must be token windows or texts for {what}; got AttentionStatistics. Give the tokens."
+        )
+    return calibration
 
 
 def with_partners(wanted: Mapping[int, LayerConfig]) -> dict[int, LayerConfig]:

@@ -144,7 +144,7 @@ def layer_forms(model: ModelConfig, num_layers: int) -> dict[int, NptConfig]:
 
 
 def _routed_layers(model: ModelConfig, num_layers: int) -> list[int]:
-    """Returns the routed layers; of those that are chosen by measurement, as many."""
+    """Returns the routed layers; in the place of those that a measurement would choose, at least as many."""
     if model.routed_selection != CHEAPEST:
         return _select(model.routed_selection, num_layers)
     if model.init == "scratch":

@@ -161,7 +161,7 @@ def test_about_a_thousand_tokens_are_read(model: PreTrainedModel, monkeypatch: p
         (
             {"config": ATTENTION, "calibration": AttentionStatistics(moments={}, sample=TEXT, held_out=TEXT)},
             ConfigError,
-            "needs text",
+            "calibration must be token windows or texts for layers='cheapest'; got AttentionStatistics",
         ),
         ({"config": ATTENTION, "calibration": TEXT[:, :1]}, DataError, "two tokens"),
     ],

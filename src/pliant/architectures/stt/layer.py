@@ -108,12 +108,12 @@ class SttLayer(RoutedLayer):
 
 
 def previous_states(h: Hidden, documents: Int[Tensor, "batch seq"] | None, memory: Memory | None) -> Hidden:
-    """Returns the state of the token before each one in its document, padding left out; zeros for the first.
+    """Returns the vector of the token before each one in its document, padding left out; zeros for the first.
 
     Args:
-        h: States of the tokens.
+        h: A vector of each token: its state, or what is made of that.
         documents: Document of each token, −1 for padding; ``None`` for one document and no padding.
-        memory: Where the last state of earlier forwards is, and that of this one goes; ``None`` without a cache.
+        memory: Where the last vector of earlier forwards is, and that of this one goes; ``None`` without a cache.
     """
     earlier = None if memory is None else memory.recall("previous")
     before = torch.zeros_like(h[:, :1]) if earlier is None else earlier[:, -1:]
