@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -95,6 +95,21 @@ def padded(rows: Iterable[Row], fill: int) -> Int[Tensor, "rows tokens"]:
     ids = [row.ids for row in rows]
     width = max(map(len, ids))
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in ids])
+
+
+def aligned(rows: Sequence[Row], fill: int) -> tuple[Int[Tensor, "rows tokens"], Bool[Tensor, "rows tokens"], int]:
+    """Returns the rows, filled up so that all subjects end in one column, where they are not filled, and that column.
+
+    Every row must have a subject.
+    """
+    column = max(row.subject or 0 for row in rows)
+    lefts = [column - (row.subject or 0) for row in rows]
+    width = max(left + len(row.ids) for left, row in zip(lefts, rows, strict=True))
+    ids, mask = torch.full((len(rows), width), fill), torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, (left, row) in enumerate(zip(lefts, rows, strict=True)):
+        ids[index, left : left + len(row.ids)] = torch.tensor(row.ids)
+        mask[index, left : left + len(row.ids)] = True
+    return ids, mask, column
 
 
 def gathered(

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from pliant.consolidation.forward import PartialPass, trial
-from pliant.consolidation.rows import Row, gathered, padded
+from pliant.consolidation.rows import Row, aligned, gathered, padded
 from pliant.consolidation.targets import margin_residual, spread
 from pliant.consolidation.writers import WriteSettings, write
 from pliant.key_moments import KeyMoments
@@ -82,20 +82,17 @@ class SubjectStage:
         self.rows = [row for row in problem.rows if row.subject is not None]
         self.owners = torch.tensor([row.fact for row in self.rows])
         self.named = torch.bincount(self.owners, minlength=self.facts) > 0
-        self.above = PartialPass(model, padded(self.rows, fill), layer)
+        ids, mask, subject = aligned(self.rows, fill)
+        self.above = PartialPass(model, ids, layer, mask=mask, first=subject)  # whose first column is the subject
         self.above.advance(layer + 1)
-        self.places = torch.tensor([row.subject for row in self.rows], device=self.above.hidden.device)
-        state = self.above.hidden[torch.arange(len(self.rows), device=self.places.device), self.places]
-        self.state = mean_by(self.owners, state.float(), self.facts)
+        self.state = mean_by(self.owners, self.above.hidden[:, 0].float(), self.facts)
 
     def log_p(self, values: Float[Tensor, "facts d_model"]) -> Float[Tensor, " facts"]:
         """Returns the answers' mean log-probability a token with ``values`` added at the subjects."""
-        hidden = self.above.hidden.clone()
-        index = torch.arange(len(self.rows), device=hidden.device)
-        owners = self.owners.to(hidden.device)
-        hidden[index, self.places] = hidden[index, self.places] + values.to(hidden)[owners]
-        _, last = self.above.run(len(self.above.layers) - 1, hidden=hidden)
-        states = gathered(last, [row.places for row in self.rows])
+        hidden = self.above.hidden
+        subject = hidden[:, :1] + values.to(hidden)[self.owners.to(hidden.device), None]
+        _, last = self.above.run(len(self.above.layers) - 1, hidden=torch.cat((subject, hidden[:, 1:]), dim=1))
+        states = gathered(last, [[place - (row.subject or 0) for place in row.places] for row in self.rows])
         norm, head = self.model.model.norm, self.model.lm_head
         log_p = head(norm(states.to(head.weight.dtype))).float().log_softmax(-1)
         targets = torch.tensor([token for row in self.rows for token in row.answer], device=log_p.device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import pliant
 from pliant.consolidation.forward import PartialPass, trial
+from pliant.consolidation.rows import Row, aligned
 from pliant.models.edits import Delta, down_proj
 
 KINDS = ("dense", "keyed")
@@ -109,6 +110,42 @@ def test_a_pass_goes_on_from_given_states_with_gradients(make_model: Callable[..
     assert gradient.abs().sum() > 0
     _, unmoved = passing.run(2)
     assert not torch.allclose(after.detach(), unmoved, atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_aligned_at_their_subjects_are_each_row_alone(
+    attention: str, family: str, dynamic_kind: str, make_dynamic: Callable[..., Any], row_of: Callable[..., Row],
+    largest_difference: Callable[..., float],
+):  # fmt: skip
+    model = make_dynamic(dynamic_kind, family)
+    model.set_attn_implementation(attention)
+    rows = [row_of(0), row_of(1, length=12, subject=0), row_of(2, length=5, subject=4, answer=(7, 8, 9))]
+    ids, mask, subject = aligned(rows, 0)
+    assert subject == 4
+    last = len(model.model.layers) - 1
+    passing = PartialPass(model, ids, 0, mask=mask, first=subject)
+    passing.advance(1)
+    for _ in range(2):  # a run leaves nothing behind for the next
+        _, after = passing.run(last)
+        for index, one in enumerate(rows):
+            states, _ = plain(model, torch.tensor([one.ids]))
+            count = len(one.ids) - one.subject
+            assert largest_difference(passing.hidden[index, :count], states[1][0, one.subject :]) < 1e-5
+            assert largest_difference(after[index, :count], states[-1][0, one.subject :]) < 1e-5
+
+
+def test_rows_that_begin_with_their_subjects_need_no_cache(
+    make_model: Callable[..., Any], row_of: Callable[..., Row], largest_difference: Callable[..., float]
+):
+    model = make_model("dense")
+    rows = [row_of(0, subject=0), row_of(1, length=5, subject=0)]
+    ids, mask, subject = aligned(rows, 0)
+    passing = PartialPass(model, ids, 0, mask=mask, first=subject)
+    assert passing.before is None
+    _, after = passing.run(2)
+    for index, one in enumerate(rows):
+        states, _ = plain(model, torch.tensor([one.ids]))
+        assert largest_difference(after[index, : len(one.ids)], states[-1][0]) < 1e-5
 
 
 def test_a_pass_that_fails_leaves_the_layers_as_they_were(
