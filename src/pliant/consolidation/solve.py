@@ -164,7 +164,7 @@ class Solver:
         """Returns what to add to the subjects' states after ``layer``, and how many facts needed gradients for it."""
         target, values, optimised = self._searched_target(), [], 0
         for start in range(0, problem.facts, FACTS_AT_ONCE):
-            part = problem.part(start, start + FACTS_AT_ONCE)
+            part = problem.part(range(start, min(start + FACTS_AT_ONCE, problem.facts)))
             stage = SubjectStage(self.model, part, layer, self.fill)
             if target == "optimised":
                 value, wanted = torch.zeros_like(stage.state), stage.named

@@ -51,21 +51,18 @@ class Problem:
 
     def with_subjects(self) -> "Problem":
         """Returns the rows that name their subject, of facts that have such rows, counted from 0."""
-        facts = sorted({row.fact for row in self.rows if row.subject is not None})
+        rows, contrast = ([row for row in some if row.subject is not None] for some in (self.rows, self.contrast))
+        named = Problem(rows=rows, contrast=contrast, facts=self.facts)
+        return named.part(sorted({row.fact for row in rows}))
+
+    def part(self, facts: Sequence[int]) -> "Problem":
+        """Returns the rows of some facts, counted from 0 in the order given."""
         numbers = {fact: index for index, fact in enumerate(facts)}
         rows, contrast = (
-            [replace(row, fact=numbers[row.fact]) for row in some if row.subject is not None and row.fact in numbers]
+            [replace(row, fact=numbers[row.fact]) for row in some if row.fact in numbers]
             for some in (self.rows, self.contrast)
         )
         return Problem(rows=rows, contrast=contrast, facts=len(facts))
-
-    def part(self, start: int, stop: int) -> "Problem":
-        """Returns the rows of the facts ``start`` to ``stop``, counted from 0."""
-        rows, contrast = (
-            [replace(row, fact=row.fact - start) for row in some if start <= row.fact < stop]
-            for some in (self.rows, self.contrast)
-        )
-        return Problem(rows=rows, contrast=contrast, facts=min(stop, self.facts) - start)
 
 
 class SubjectStage:
@@ -78,7 +75,8 @@ class SubjectStage:
     """
 
     def __init__(self, model: PreTrainedModel, problem: Problem, layer: int, fill: int) -> None:
-        self.model, self.facts = model, problem.facts
+        self.model, self.problem, self.layer, self.fill = model, problem, layer, fill
+        self.facts = problem.facts
         self.rows = [row for row in problem.rows if row.subject is not None]
         self.owners = torch.tensor([row.fact for row in self.rows])
         self.named = torch.bincount(self.owners, minlength=self.facts) > 0
@@ -128,29 +126,41 @@ class SubjectStage:
         """Returns values that Adam finds for the ``wanted`` facts; zero for the others.
 
         It starts from zero: on the way from there a value gathers little that the answer does not need, and what it
-        does not gather cannot spread to other subjects. On a CPU attention is plain products, whose gradient is faster
-        for rows as short as these than that of the fused kernel.
+        does not gather cannot spread to other subjects. Facts that are done are left out once they are half of what is
+        read. On a CPU attention is plain products, whose gradient is faster for rows as short as these than that of the
+        fused kernel.
         """
         moving = wanted.to(self.state.device)
         value = torch.zeros_like(self.state).requires_grad_(True)
         optimiser = torch.optim.Adam([value], lr=LEARNING_RATE)
         size = self.state.norm(dim=1, keepdim=True)
         best, best_value = torch.full_like(size[:, 0], -torch.inf), value.detach().clone()
+        stage, active = self._narrowed(self, torch.arange(self.facts, device=moving.device), moving)
         with sdpa_kernel(SDPBackend.MATH) if value.device.type == "cpu" else nullcontext():
             for step in range(STEPS + 1):  # the last one only reads what the step before it found
-                log_p = self.log_p(value).to(value.device)
-                better = log_p.detach() > best
-                best = torch.where(better, log_p.detach(), best)
-                best_value = torch.where(better[:, None], value.detach(), best_value)
+                log_p = stage.log_p(value[active]).to(value.device)
+                better = log_p.detach() > best[active]
+                best[active] = torch.where(better, log_p.detach(), best[active])
+                best_value[active] = torch.where(better[:, None], value.detach()[active], best_value[active])
                 going = moving & (best < -ENOUGH)
                 if step == STEPS or not going.any():
                     break
-                loss = -(log_p * going).sum() + DECAY * ((value / size).square().sum(1) * going).sum()
+                loss = -(log_p * going[active]).sum() + DECAY * ((value / size).square().sum(1) * going).sum()
                 (value.grad,) = torch.autograd.grad(loss, value)
                 optimiser.step()
                 with torch.no_grad():
                     value.mul_((CLAMP * size / value.norm(dim=1, keepdim=True).clamp(min=1e-9)).clamp(max=1))
+                stage, active = self._narrowed(stage, active, going)
         return torch.where(moving[:, None], best_value, 0.0)
+
+    def _narrowed(
+        self, stage: "SubjectStage", active: Int[Tensor, " active"], going: Bool[Tensor, " facts"]
+    ) -> tuple["SubjectStage", Int[Tensor, " going"]]:
+        """Returns a stage of the facts that go on, and which they are, if they are at most half of the ``active``."""
+        left = active[going[active]]
+        if not len(left) or 2 * len(left) > len(active):
+            return stage, active
+        return SubjectStage(self.model, self.problem.part(left.tolist()), self.layer, self.fill), left
 
 
 @torch.no_grad()

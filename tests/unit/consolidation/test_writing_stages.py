@@ -114,7 +114,7 @@ def test_a_subject_is_one_key_the_mean_over_its_rows(
 def test_subjects_move_by_what_is_written(
     layers: list[int], model: Any, problem: Problem, moments: dict[int, KeyMoments]
 ):
-    part = problem.part(1, 2)
+    part = problem.part([1])
     goal, value = SubjectGoal(part, directions(facts=1)), directions(facts=1)
     before = SubjectStage(model, part, 1, 0).state
     deltas = written(model, part, layers, goal, moments, writer="normalised")
@@ -126,7 +126,7 @@ def test_subjects_move_by_what_is_written(
 
 def test_facts_without_a_subject_are_left_out_and_the_others_counted_anew(problem: Problem):
     rows = [problem.rows[3], *problem.rows[:3]]
-    moved = Problem(rows=[*rows[1:], rows[0]], contrast=problem.contrast, facts=3).part(1, 3).with_subjects()
+    moved = Problem(rows=[*rows[1:], rows[0]], contrast=problem.contrast, facts=3).part([1, 2]).with_subjects()
     assert [row.fact for row in moved.rows] == [0]
     assert moved.facts == 1
     assert not moved.contrast
@@ -172,15 +172,38 @@ def test_only_the_wanted_facts_are_searched(wanted: list[bool], model: Any, prob
 def test_facts_do_not_change_each_others_search(model: Any, problem: Problem):
     wanted = torch.tensor([True, True, False])
     together = SubjectStage(model, problem, 0, 0).search(wanted)
-    part = problem.part(1, 2)
+    part = problem.part([1])
     assert [row.fact for row in part.rows] == [0]
     assert part.facts == 1
     alone = SubjectStage(model, part, 0, 0).search(wanted[1:2])
     torch.testing.assert_close(alone[0], together[1], rtol=1e-2, atol=1e-2)
 
 
+def test_facts_that_are_done_are_read_no_more(model: Any, row_of: Callable[..., Row], monkeypatch: pytest.MonkeyPatch):
+    rows = []
+    for fact in range(4):
+        prompt = row_of(fact).ids[:-1]
+        scores = model(torch.tensor([prompt])).logits[0, -1]
+        answer = int(scores.argmin() if fact == 2 else scores.argmax())
+        rows.append(Row(ids=(*prompt, answer), length=1, subject=3, fact=fact))
+    problem = Problem(rows=rows, contrast=[], facts=4)
+    before = SubjectStage(model, problem, 0, 0).log_p(torch.zeros(4, 32))
+    monkeypatch.setattr(stages, "ENOUGH", 0.01 - before[[0, 1, 3]].min().item())  # at which all but one are done
+    read, log_p = [], SubjectStage.log_p
+    monkeypatch.setattr(SubjectStage, "log_p", lambda self, values: read.append(len(values)) or log_p(self, values))
+    everything = torch.tensor([True] * 4)
+    found = SubjectStage(model, problem, 0, 0).search(everything)
+    assert read[0] == 4
+    assert set(read[1:]) == {1}
+    alone = SubjectStage(model, problem.part([2]), 0, 0).search(everything[:1])
+    torch.testing.assert_close(found[2], alone[0], rtol=1e-2, atol=1e-2)
+    read.clear()
+    SubjectStage(model, problem, 0, 0).search(torch.tensor([False, True, True, False]))
+    assert read[0] == 2  # what is not wanted is not read at all
+
+
 def test_a_search_that_is_written_holds(model: Any, problem: Problem, moments: dict[int, KeyMoments]):
-    part = problem.part(1, 2)
+    part = problem.part([1])
     stage = SubjectStage(model, part, 0, 0)
     value = stage.search(torch.tensor([True]))
     deltas = written(model, part, [0], SubjectGoal(part, value), moments, writer="normalised")
