@@ -85,6 +85,8 @@ def _sections(sources: Sequence[Source], given: dict[str, Any]) -> Iterator[Any]
         yield evaluation.comparison(source)
     for source in by_kind[Kind.EDITING]:
         yield evaluation.editing(source)
+    for source in by_kind[Kind.RETENTION]:
+        yield evaluation.retention(source)
     yield from _models(sources, given)
 
 

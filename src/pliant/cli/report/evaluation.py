@@ -1,12 +1,12 @@
-"""What a report says of comparisons of methods and of editing suites."""
+"""What a report says of comparisons of methods, of editing suites and of what a model keeps."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pliant.cli.page import Chart, Columns, Note, Number, Section, Series, Table
-from pliant.cli.report.sources import Source
-from pliant.cli.report.tasks import at, figure, number_at, spread
+from pliant.cli.report.sources import QUESTIONS, Source
+from pliant.cli.report.tasks import HELD_OUT, HELD_OUT_COLUMNS, at, figure, number_at, spread
 
 EDITING = {
     "score": ("S", ".1f"),
@@ -198,4 +198,23 @@ def _editors_chart(title: str, editors: Mapping[str, Any]) -> Iterator[Chart]:
     )
     yield Chart(
         title=f"{title}: {EDITING[measure][0]}", x="95 % interval over cases", series=[series], kind="intervals"
+    )
+
+
+def retention(source: Source) -> Section:
+    """Returns the section of the retention suite: held-out text and questions, beside the base."""
+    record = source.content
+    cells = [[source.name, *(Number.of(number_at(record, key), form) for key, form in HELD_OUT.items())]]
+    rows = []
+    for kind, name in QUESTIONS.items():
+        shares = [figure(at(record, kind), side, ".3f") for side in ("model", "base")]
+        gap = at(record, kind, "difference")
+        count = Number.of(number_at(gap, "count"))
+        rows.append([name, *shares, Number.of(number_at(gap, "value"), "+.3f"), spread(gap), count])
+    columns = ["questions", "right", "base", "difference", "95 % interval", "n"]
+    held_out = Table(title="Held-out text", columns=HELD_OUT_COLUMNS, rows=cells)
+    return Section(
+        title="What the model keeps",
+        kicker=source.name,
+        blocks=[held_out, Table(title="Share of right answers", columns=columns, rows=rows)],
     )

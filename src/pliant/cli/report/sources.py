@@ -17,6 +17,8 @@ DEMO, TASKS, COMPARISON, UNTOUCHED = "demo.json", "results.json", "comparison.js
 MODEL_CONFIG, BEST = "config.json", "checkpoint-best"
 MARKS = (METRICS, DEMO, TASKS, COMPARISON, UNTOUCHED, MODEL_CONFIG)
 """Files by which a folder is known."""
+QUESTIONS = {"mmlu": "MMLU", "hellaswag": "HellaSwag"}
+"""Kinds of questions of the retention suite, by which its JSON is known, and their names."""
 
 logger = logging.getLogger("pliant.report")
 
@@ -29,6 +31,7 @@ class Kind(StrEnum):
     TASKS = "benchmark"
     COMPARISON = "comparison"
     EDITING = "editing suite"
+    RETENTION = "retention suite"
     MODEL = "model"
 
 
@@ -127,6 +130,8 @@ def _of_file(path: Path, name: str) -> list[Source]:
         kind = Kind.COMPARISON
     elif isinstance(record.get("editors"), Mapping) or isinstance(record.get("counts"), list):
         kind = Kind.EDITING
+    elif all(isinstance(record.get(part), Mapping) for part in QUESTIONS):
+        kind = Kind.RETENTION
     else:
         raise DataError(
             f"{path} must be the JSON of a demo, an evaluation or a comparison; its keys are "

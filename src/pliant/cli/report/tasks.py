@@ -11,6 +11,7 @@ NORMAL = 1.96
 MAIN = ("acc_norm", "acc", "exact_match", "f1")
 """Which metric of a task is drawn, the first that there is: shares, which fit on one axis. The table has all."""
 HELD_OUT = {"perplexity": ".4g", "base_perplexity": ".4g", "ratio": ".4f", "kl": ".4f", "agreement": ".1%"}
+HELD_OUT_COLUMNS = ("model", "perplexity", "base", "× base", "KL, nats", "same top 1")
 
 
 def at(tree: Any, *keys: str) -> Any:
@@ -44,8 +45,7 @@ def tasks(sources: Sequence[Source]) -> Section:
     held_out = [(s.name, found) for s in sources if isinstance(found := at(s.content, "pliant", "held_out"), Mapping)]
     if held_out:
         cells = [[name, *(figure(found, key, form) for key, form in HELD_OUT.items())] for name, found in held_out]
-        columns = ["model", "perplexity", "base", "× base", "KL, nats", "same top 1"]
-        blocks.append(Table(title="Held-out text", columns=columns, rows=cells))
+        blocks.append(Table(title="Held-out text", columns=HELD_OUT_COLUMNS, rows=cells))
     by_layer = [_by_layer(sources, "modulation", "ratio"), _by_layer(sources, "routing", "share")]
     if charts := [chart for chart in by_layer if not chart.is_empty]:
         blocks.append(Columns(blocks=charts))

@@ -185,6 +185,19 @@ def test_a_report_that_was_printed_is_read_like_a_folder(page, tmp_path):
     assert found.chart(kind="intervals")["series"][0]["x"] == [0.5]
 
 
+def test_what_a_model_keeps_is_shown_beside_its_base(page, tmp_path):
+    def share(value):
+        return {"value": value, "low": value - 0.1, "high": value + 0.1, "count": 100}
+
+    shares = {"model": share(0.31), "base": share(0.27), "difference": share(0.04)}
+    record = {"perplexity": 21.5, "base_perplexity": 20.0, "ratio": 1.075, "kl": 0.0321, "agreement": 0.912}
+    (tmp_path / "kept.json").write_text(json.dumps({**record, "mmlu": shares, "hellaswag": shares}), encoding="utf-8")
+    found = page(tmp_path / "kept.json")
+    assert "What the model keeps" in found.texts["h2"]
+    assert {"MMLU", "HellaSwag", "kept"} <= {*found.texts["td"], *found.texts["th"]}
+    assert {"21.5", "1.0750", "0.0321", "91.2%", "0.310", "0.270", "[−0.060, +0.140]"} <= set(found.texts["td"])
+
+
 def test_fields_that_are_missing_or_odd_are_left_out(page, tmp_path):
     odd = {"results": {"a": None, "b": {"acc,none": "x"}}, "pliant": {"tasks": {"c": {"metrics": {"acc,none": None}}}}}
     for name, record in (
@@ -192,9 +205,10 @@ def test_fields_that_are_missing_or_odd_are_left_out(page, tmp_path):
         ("demo.json", {"made_by": "pliant demo", "rows": [{"name": "x"}], "generations": [3]}),
         ("comparison.json", {"contenders": {"a": None}, "summary": {"a": {"validation_loss": None}}}),
         ("editing.json", {"editors": {"auto": {"f1": {"value": None}}}}),
+        ("kept.json", {"mmlu": {"model": None}, "hellaswag": {}}),
     ):
         (tmp_path / name).write_text(json.dumps(record), encoding="utf-8")
-    found = page(*(tmp_path / f"{name}.json" for name in ("tasks", "demo", "comparison", "editing")))
+    found = page(*(tmp_path / f"{name}.json" for name in ("tasks", "demo", "comparison", "editing", "kept")))
     assert "x" in found.texts["th"]
     assert not [chart for chart in found.charts if not chart["series"]]
 
